@@ -1,0 +1,218 @@
+"""A small decoder transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Llama's layout and tensor names.
+
+    model = Transformer(Config(vocab_size=700))               # policy: logits over the vocabulary
+    prm = Transformer(Config(vocab_size=700, head="score"))   # PRM: one number a token
+    h = model(ids)                                            # (B, S) -> hidden states (B, S, D)
+    logits = model.logits(h[:, -1])                           # (B, V)
+
+A saved model is a folder (`config.json`, `model.safetensors`) that `transformers` opens as LlamaForCausalLM or
+LlamaForTokenClassification. The default has about a million parameters.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    hidden: int = 384
+    max_len: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    head: str = "lm"  # "lm": logits, tied to the embedding; "score": one scalar a token
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.dim // c.n_heads
+        self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(c.dim, c.n_heads * self.head_dim, bias=False),
+            "k_proj": nn.Linear(c.dim, c.n_kv_heads * self.head_dim, bias=False),
+            "v_proj": nn.Linear(c.dim, c.n_kv_heads * self.head_dim, bias=False),
+            "o_proj": nn.Linear(c.n_heads * self.head_dim, c.dim, bias=False)})
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(c.dim, c.hidden, bias=False),
+            "up_proj": nn.Linear(c.dim, c.hidden, bias=False),
+            "down_proj": nn.Linear(c.hidden, c.dim, bias=False)})
+
+    def forward(self, x, cos, sin, attend):
+        """x (…, D); cos, sin (…, head_dim); attend(q, k, v) -> (…, heads, head_dim) decides who sees whom."""
+        a, m = self.self_attn, self.mlp
+        h = self.input_layernorm(x)
+        q, k, v = (a[p](h).unflatten(-1, (-1, self.head_dim)) for p in ("q_proj", "k_proj", "v_proj"))  # (…, heads, head_dim)
+        x = x + a["o_proj"](attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        h = self.post_attention_layernorm(x)
+        return x + m["down_proj"](F.silu(m["gate_proj"](h)) * m["up_proj"](h))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in Llama's half-split layout: x (…, heads, head_dim), cos and sin (…, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(-2) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(-2)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.dim % c.n_heads or c.n_heads % c.n_kv_heads or c.dim // c.n_heads % 2:
+            raise ValueError(f"dim {c.dim} must be an even multiple of heads {c.n_heads}, and heads a multiple of kv heads {c.n_kv_heads}")
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.dim),
+                                    "layers": nn.ModuleList(Layer(c) for _ in range(c.n_layers)),
+                                    "norm": nn.RMSNorm(c.dim, eps=c.norm_eps)})
+        if c.head == "score":
+            self.score = nn.Linear(c.dim, 1)
+        half = c.dim // c.n_heads // 2
+        angles = torch.outer(torch.arange(c.max_len), c.rope_theta ** (-torch.arange(half) / half))  # (T, head_dim / 2)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Layer):  # keep the stream's variance independent of depth, as GPT-2 does
+            for p in (module.self_attn["o_proj"], module.mlp["down_proj"]):
+                nn.init.normal_(p.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
+
+    def forward(self, ids, positions=None, mask=None):
+        """Hidden states of whole sequences.
+
+        ids (B, S); positions (B, S) and mask (B, S, S), True where row i may look at column j, for sequences that branch
+        (dpo.py); without them plain causal attention. Padding belongs at the end. -> (B, S, D)
+        """
+        x = self.model["embed_tokens"](ids)  # (B, S, D)
+        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        cos, sin = self.cos[positions], self.sin[positions]
+        mask = None if mask is None else mask.unsqueeze(1)
+
+        def attend(q, k, v):  # (B, S, heads, head_dim)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            return o.transpose(1, 2)
+
+        return self._run(x, cos, sin, lambda layer: attend)
+
+    def extend(self, ids, rows, slots, cache):
+        """Append tokens to cached rows and return their hidden states.
+
+        ids, rows, slots (N,): token n goes to place slots[n] of cache row rows[n]. The tokens of a row stand next to each
+        other, in order, behind what the row already holds; rows ascend. -> (N, D)
+
+        Rows bring different numbers of tokens: the matrix multiplications run on the N tokens without padding, and only
+        attention pads, to the longest.
+        """
+        x = self.model["embed_tokens"](ids)  # (N, D)
+        used, start_of, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
+        first = count.cumsum(0) - count
+        within = torch.arange(len(ids), device=ids.device) - first[start_of]
+        B, S, T = len(used), int(count.max()), int(slots.max()) + 1
+        whole = B == cache.rows  # every row takes part: no need to gather
+        seen = torch.arange(T, device=ids.device) <= slots.new_zeros(B, S).index_put((start_of, within), slots)[..., None]
+        kv = cache.k.shape[2]
+        seen = seen[:, None].repeat(1, 1, self.config.n_heads // kv, 1)  # (B, 1, G·S, T)
+
+        def attend_in(layer):
+            def attend(q, k, v):  # (N, heads, head_dim)
+                cache.k[layer][rows, :, slots] = k
+                cache.v[layer][rows, :, slots] = v
+                keys, values = ((c[layer][:, :, :T] if whole else c[layer][used, :, :T]) for c in (cache.k, cache.v))
+                padded = q.new_zeros(B, S, *q.shape[1:])
+                padded[start_of, within] = q
+                # the G query heads that share a kv head become G·S queries of it: (B, kv, G·S, head_dim)
+                grouped = padded.unflatten(2, (kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+                o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
+                o = o.unflatten(2, (-1, S)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, S, heads, head_dim)
+                return o[start_of, within]
+            return attend
+
+        return self._run(x, self.cos[slots], self.sin[slots], attend_in)
+
+    def _run(self, x, cos, sin, attend_in):
+        for i, layer in enumerate(self.model["layers"]):
+            x = layer(x, cos, sin, attend_in(i))
+        return self.model["norm"](x)
+
+    def logits(self, h):
+        """(…, D) -> (…, V); the output matrix is the embedding."""
+        return h @ self.model["embed_tokens"].weight.T
+
+    def scores(self, h):
+        """(…, D) -> (…): the PRM's f, before any sigmoid."""
+        return self.score(h).squeeze(-1)
+
+    def with_score_head(self):
+        """A PRM that starts from this model's weights; its new head starts at zero."""
+        prm = Transformer(Config(**{**asdict(self.config), "head": "score"})).to(self.cos.device)
+        prm.model.load_state_dict(self.model.state_dict())
+        nn.init.zeros_(prm.score.weight)
+        return prm
+
+    def n_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder):
+        """Write `config.json` and `model.safetensors` into an existing folder."""
+        c, folder = self.config, Path(folder)
+        architecture = "LlamaForCausalLM" if c.head == "lm" else "LlamaForTokenClassification"
+        (folder / "config.json").write_text(json.dumps({
+            "architectures": [architecture], "model_type": "llama", "torch_dtype": "float32", "vocab_size": c.vocab_size,
+            "hidden_size": c.dim, "intermediate_size": c.hidden, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+            "num_key_value_heads": c.n_kv_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "num_labels": 1,
+            "max_position_embeddings": c.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "bos_token_id": None, "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"),
+                  metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Read a folder written by `save` (or by transformers, for a Llama with tied embeddings)."""
+        folder = Path(folder)
+        d = json.loads((folder / "config.json").read_text())
+        model = cls(Config(d["vocab_size"], d["hidden_size"], d["num_hidden_layers"], d["num_attention_heads"], d["num_key_value_heads"],
+                           d["intermediate_size"], d["max_position_embeddings"], d["rope_theta"], d["rms_norm_eps"],
+                           "lm" if d["architectures"] == ["LlamaForCausalLM"] else "score"))
+        weights = load_file(str(folder / "model.safetensors"))
+        weights.pop("lm_head.weight", None)
+        model.load_state_dict(weights)
+        return model.to(device)
+
+
+class Cache:
+    """Keys and values of `rows` sequences of up to `length` tokens: two tensors (layers, rows, kv heads, length, head_dim)."""
+
+    def __init__(self, config, rows, length, device="cpu", dtype=torch.float32):
+        shape = (config.n_layers, rows, config.n_kv_heads, length, config.dim // config.n_heads)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = rows
+
+    def read(self, row, length):
+        """A copy of the first `length` places of a row."""
+        return self.k[:, row, :, :length].clone(), self.v[:, row, :, :length].clone()
+
+    def write(self, row, saved):
+        """Start a row with what `read` returned."""
+        k, v = saved
+        self.k[:, row, :, :k.shape[2]] = k
+        self.v[:, row, :, :v.shape[2]] = v

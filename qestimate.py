@@ -1,0 +1,80 @@
+"""Monte Carlo labels: trajectories -> Q̂(s, a), exactly as the table G(s, a) of the paper, and what is to be known about it.
+
+A state is the text of its history, so episodes of different games that read the same so far share their returns.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def returns(trajectory, gamma):
+    """Discounted return-to-go of each action: G_t = gamma^(T-1-t) R, (T,) float64 (P1, eq. 1 for one rollout)."""
+    T = len(trajectory)
+    return trajectory.reward * gamma ** np.arange(T - 1, -1, -1.0)
+
+
+def history_keys(trajectory, tokenizer):
+    """64-bit names of the states s_t and of the pairs (s_t, a_t), two (T,) uint64 arrays, from text: equal history, equal name."""
+    history = hashlib.blake2b(digest_size=8)
+    number = lambda h: int.from_bytes(h.digest(), "little")
+    states, pairs, seen = [], [], 0
+    for start, end in trajectory.spans:
+        history.update(b"\0" + tokenizer.decode(trajectory.ids[seen:start]).encode())
+        states.append(number(history))
+        history.update(b"\1" + tokenizer.decode(trajectory.ids[start:end]).strip().encode())
+        pairs.append(number(history))
+        seen = end
+    return np.array(states, np.uint64), np.array(pairs, np.uint64)
+
+
+def q_table(trajectories, tokenizer, gamma):
+    """Q̂ of every action taken: the mean return of all rollouts through the same (s, a) (P1, eq. 1).
+
+    -> one dict of flat arrays over all actions, in order: `q_hat`, `count` (visits of its (s, a)), `returns`, `state`, `pair`.
+    """
+    keys = [history_keys(t, tokenizer) for t in trajectories]
+    pair = np.concatenate([p for _, p in keys])
+    G = np.concatenate([returns(t, gamma) for t in trajectories])
+    _, inverse, count = np.unique(pair, return_inverse=True, return_counts=True)
+    q_hat = np.bincount(inverse, weights=G) / count
+    return {"q_hat": q_hat[inverse], "count": count[inverse], "returns": G, "state": np.concatenate([s for s, _ in keys]), "pair": pair}
+
+
+def labels_of(trajectories, table):
+    """Cut the flat table into per-trajectory (q_hat (T,), weight (T,)): each distinct (s, a) weighs one, an occurrence 1/count."""
+    ends = np.cumsum([len(t) for t in trajectories])[:-1]
+    return list(zip(np.split(table["q_hat"].astype(np.float32), ends), np.split((1.0 / table["count"]).astype(np.float32), ends)))
+
+
+def visit_statistics(table):
+    """How often (s, a) were visited, and how far single returns lie from Q̂ where there are several."""
+    pair, first = np.unique(table["pair"], return_index=True)
+    count = table["count"][first]
+    again = table["count"] > 1
+    spread = (table["returns"] - table["q_hat"])[again]
+    edges = (1, 2, 4, 8, 16, 32, 64)
+    return {"actions": len(table["pair"]), "distinct_pairs": len(pair), "distinct_states": len(np.unique(table["state"])),
+            "visits": {f"{a}+": int((count >= a).sum()) for a in edges},
+            "label_variance_where_revisited": float((spread ** 2).mean()) if again.any() else None}
+
+
+def held_out_check(trajectories, tokenizer, gamma):
+    """Is Q̂ worth learning? Correlate Q̂ from every other rollout with the returns of the others, where both pass (s, a).
+
+    -> {"pairs", "pearson"}; pearson is None where too few pairs are shared.
+    """
+    halves = [q_table(part, tokenizer, gamma) if part else None for part in (trajectories[0::2], trajectories[1::2])]
+    if None in halves:
+        return {"pairs": 0, "pearson": None}
+    known = dict(zip(halves[0]["pair"].tolist(), halves[0]["q_hat"]))
+    both = [(known[p], g) for p, g in zip(halves[1]["pair"].tolist(), halves[1]["returns"]) if p in known]
+    return {"pairs": len(both), "pearson": pearson(*np.array(both).T) if len(both) > 2 else None}
+
+
+def pearson(x, y):
+    """Correlation of two arrays, None where one is constant."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < 2 or x.std() < 1e-12 or y.std() < 1e-12:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])

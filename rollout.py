@@ -1,0 +1,241 @@
+"""Stage 1: play many episodes at once with a policy, by batched sampling from a KV cache.
+
+    trajectories = list(rollout(policy, tokenizer, [(game, 0), (game, 1), …], temperature=0.3, seed=0))
+
+Continuous batching: `slots` episodes are in flight; one that ends is replaced at once. The rollouts of one game share its
+prompt, which is encoded once. Every random number is named by (seed, game, episode, step, token), so an episode's luck does
+not depend on its neighbours in the batch.
+"""
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from common import key, uniform, write_file
+from env import NOTHING_HAPPENS, AlfworldEnv
+from model import Cache
+from tokenizer import ACT, END, SPECIAL, split_intro
+
+MAX_ACTION = 16  # tokens, <end> included
+
+
+@dataclass
+class Trajectory:
+    """One episode as the policy saw and wrote it. `ids` ends with the <end> of the last action."""
+    game: str
+    ids: np.ndarray  # (L,) int32: prompt, action, observation, action, …
+    spans: np.ndarray  # (T, 2) int32: action t is ids[start:end], its <end> included
+    logp: np.ndarray  # (T,) float32: log-probability of each action as sampled, summed over its tokens
+    forced: np.ndarray  # (T,) bool: the action hit the token cap, so its <end> was not sampled
+    inadmissible: np.ndarray  # (T,) bool: the world answered "Nothing happens."
+    reward: float  # 1 if won
+    won: bool
+    truncated: bool
+    seed: int
+    episode: int
+
+    def __len__(self):
+        return len(self.spans)
+
+
+@dataclass
+class Row:
+    """An episode in flight."""
+    env: AlfworldEnv
+    game: object
+    episode: int
+    key: int  # a number for the game, to name random numbers by
+    ids: list
+    feed: tuple  # tokens the model has not seen yet
+    spans: list = field(default_factory=list)
+    logp: list = field(default_factory=list)
+    forced: list = field(default_factory=list)
+    inadmissible: list = field(default_factory=list)
+    info: dict = None
+
+
+@torch.no_grad()
+def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, max_steps=30, admissible=False, choose=None,
+            make_env=AlfworldEnv):
+    """Yield a Trajectory for each (game, episode number), in the order in which they end.
+
+    temperature 0 is greedy. An episode is cut after `max_steps` actions or when it would outgrow the model's context.
+    `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
+    `choose` takes the place of plain sampling (search.py); it leaves the cache and lengths as they are.
+    """
+    device = policy.cos.device
+    waiting = deque(episodes)
+    slots = min(slots, len(waiting))
+    left = {}  # game id -> episodes still to start, so that its prompt can be forgotten in time
+    for game, _ in waiting:
+        left[game.id] = left.get(game.id, 0) + 1
+    cache = Cache(policy.config, slots, policy.config.max_len, device)
+    prompts = {}  # game id -> (cached keys and values, prompt without its last token)
+    rows = [None] * slots
+    lengths = np.zeros(slots, dtype=np.int64)
+    envs = [make_env(max_steps) for _ in range(slots)]
+    while waiting or any(rows):
+        started = []
+        for i in range(slots):
+            if rows[i] is None and waiting:
+                game, episode = waiting.popleft()
+                intro, info = envs[i].reset(game)
+                ids = list(tokenizer.prompt(*split_intro(intro)))
+                rows[i] = Row(envs[i], game, episode, key(game.id), ids, (ACT,), info=info)
+                started.append(i)
+        encode_prompts(policy, cache, [(i, rows[i].game.id, rows[i].ids[:-1]) for i in started], prompts)
+        for i in started:
+            lengths[i] = len(rows[i].ids) - 1
+            left[rows[i].game.id] -= 1
+            if not left[rows[i].game.id]:
+                del prompts[rows[i].game.id]
+        live = np.array([i for i in range(slots) if rows[i]])
+        h = feed(policy, cache, live, lengths, [rows[i].feed for i in live])
+        names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans)) for i in live]).T
+        allowed = [rows[i].info["admissible_commands"] for i in live] if admissible else None
+        if choose:
+            actions, logps, forced = choose(policy, tokenizer, cache, live, lengths, h, names, temperature, [rows[i].ids for i in live])
+            longer = [j for j in range(len(live)) if len(actions[j]) > 1]
+            feed(policy, cache, live[longer], lengths, [actions[j][:-1] for j in longer])
+        else:
+            actions, logps, forced = sample_actions(policy, tokenizer, cache, live, lengths, h, names, temperature, allowed)
+        for i, action, logp, cut in zip(live, actions, logps, forced):
+            row = rows[i]
+            start = len(row.ids)
+            row.ids += action
+            row.spans.append((start, len(row.ids)))
+            row.logp.append(logp)
+            row.forced.append(cut)
+            observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(action))
+            row.inadmissible.append(observation == NOTHING_HAPPENS)
+            turn = tokenizer.turn(observation)
+            truncated = truncated or (not won and len(row.ids) + len(turn) + MAX_ACTION > policy.config.max_len)
+            row.feed = (END, *turn)  # the cache holds the action without its <end>
+            if won or truncated:
+                yield Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
+                                 np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
+                rows[i] = None
+            else:
+                row.ids += turn
+
+
+def encode_prompts(policy, cache, started, prompts):
+    """Put each started row's prompt (row, name, ids) into the cache; a prompt seen before is copied from `prompts`."""
+    new = {name: (row, ids) for row, name, ids in reversed(started) if name not in prompts}
+    order = sorted(new.values())
+    if order:
+        feed(policy, cache, np.array([row for row, _ in order]), np.zeros(cache.rows, np.int64), [ids for _, ids in order])
+        for name, (row, ids) in new.items():
+            prompts[name] = cache.read(row, len(ids))
+    for row, name, _ in started:
+        cache.write(row, prompts[name])
+
+
+def feed(policy, cache, rows, lengths, tokens):
+    """Append tokens[j] to cache row rows[j] (ascending), raising lengths. -> hidden state of each row's last token, (B, D)."""
+    counts = np.array([len(t) for t in tokens])
+    ends = counts.cumsum()
+    slots = np.arange(ends[-1]) + np.repeat(lengths[rows] - (ends - counts), counts)
+    to = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(policy.cos.device)
+    h = policy.extend(to(np.concatenate([np.asarray(t, np.int64) for t in tokens])), to(np.repeat(rows, counts)), to(slots), cache)
+    lengths[rows] += counts
+    return h[to(ends - 1)]
+
+
+def sample_actions(policy, tokenizer, cache, rows, lengths, h, names, temperature, allowed=None):
+    """Sample one action for each of the cache's `rows`, given the hidden state h (B, D) of the <act> before it.
+
+    names (k, B): integers that name each row's random numbers. -> ids per row (ending in <end>), their summed
+    log-probabilities at this temperature, and whether the <end> had to be forced. The cache gets all but the <end>.
+    """
+    actions, logps = [[] for _ in rows], np.zeros(len(rows))
+    going = np.arange(len(rows))
+    if allowed is not None:
+        allowed = [[tokenizer.action(c) for c in commands] for commands in allowed]
+    for token in range(MAX_ACTION - 1):
+        logp = action_logprobs(policy.logits(h), temperature)  # (B, V)
+        if allowed is not None:
+            logp = constrain(logp, [{c[token] for c in allowed[j] if c[:token] == tuple(actions[j])} for j in going])
+        if temperature == 0:
+            chosen = logp.argmax(-1)
+        else:
+            u = torch.from_numpy(uniform(*names[:, going], token)).to(logp.device)
+            cdf = logp.double().exp().cumsum(-1)
+            chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+        logps[going] += logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
+        chosen = chosen.cpu().numpy()
+        for j, c in zip(going, chosen):
+            actions[j].append(int(c))
+        on = chosen != END
+        going, chosen = going[on], chosen[on]
+        if not len(going):
+            break
+        h = feed(policy, cache, rows[going], lengths, chosen[:, None])
+    forced = np.zeros(len(rows), dtype=bool)
+    forced[going] = True
+    for j in going:
+        actions[j].append(END)
+    return actions, logps, forced
+
+
+def branch(policy, tokenizer, cache, owner, lengths, h, n, names, temperature):
+    """Sample n actions at each of B states without touching their cache: state j is the first lengths[j] places of row owner[j].
+
+    h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
+    """
+    rows = torch.from_numpy(np.repeat(owner, n)).to(policy.cos.device)
+    start, T = np.repeat(lengths, n), int(lengths.max())
+    copy = Cache(policy.config, len(rows), T + MAX_ACTION, policy.cos.device)
+    copy.k[:, :, :, :T], copy.v[:, :, :, :T] = cache.k[:, rows, :, :T], cache.v[:, rows, :, :T]
+    names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
+    drawn = list(zip(*sample_actions(policy, tokenizer, copy, np.arange(len(rows)), start, h.repeat_interleave(n, 0), names, temperature)))
+    return [drawn[i:i + n] for i in range(0, len(drawn), n)]
+
+
+def action_logprobs(logits, temperature):
+    """Log-probabilities of the next action token: at the sampling temperature, special tokens other than <end> masked."""
+    logits = logits.float().clone()
+    logits[..., [i for i in range(len(SPECIAL)) if i != END]] = -torch.inf
+    return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+
+
+def constrain(logp, allowed):
+    """Renormalise each row of logp (B, V) on its set of allowed ids."""
+    mask = torch.full_like(logp, -torch.inf)
+    for row, ids in zip(mask, allowed):
+        row[list(ids)] = 0.0
+    return torch.log_softmax(logp + mask, dim=-1)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+PER_ACTION = ("spans", "logp", "forced", "inadmissible")
+PER_EPISODE = ("reward", "won", "truncated", "seed", "episode")
+
+
+def save_trajectories(path, trajectories):
+    """One shard: flat arrays with the lengths to cut them by, written whole."""
+    arrays = {k: np.concatenate([getattr(t, k) for t in trajectories]) for k in ("ids", *PER_ACTION)}
+    arrays.update({k: np.array([getattr(t, k) for t in trajectories]) for k in PER_EPISODE})
+    arrays["tokens"] = np.array([len(t.ids) for t in trajectories])
+    arrays["actions"] = np.array([len(t) for t in trajectories])
+    write_file(path, lambda p: save_file(arrays, str(p), metadata={"games": json.dumps([t.game for t in trajectories])}))
+
+
+def load_trajectories(path):
+    """A shard -> list of Trajectory."""
+    with safe_open(str(path), "np") as f:
+        a = {k: f.get_tensor(k) for k in f.keys()}
+        games = json.loads(f.metadata()["games"])
+    token_ends, action_ends = a["tokens"].cumsum(), a["actions"].cumsum()
+    out = []
+    for i, game in enumerate(games):
+        tokens = slice(token_ends[i] - a["tokens"][i], token_ends[i])
+        actions = slice(action_ends[i] - a["actions"][i], action_ends[i])
+        out.append(Trajectory(game, a["ids"][tokens], *(a[k][actions] for k in PER_ACTION), *(a[k][i].item() for k in PER_EPISODE)))
+    return out

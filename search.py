@@ -1,0 +1,21 @@
+"""Acting with a PRM: choosers that take the place of plain sampling in `rollout(…, choose=…)`."""
+
+import numpy as np
+
+from dpo import Tree
+from rollout import branch
+
+
+def best_of_n(prm, n):
+    """Sample n actions, drop duplicates by text, take the one of highest Q; ties go to the first (P1, section 2.4)."""
+
+    def choose(policy, tokenizer, cache, rows, lengths, h, names, temperature, histories):
+        drawn = branch(policy, tokenizer, cache, rows, lengths[rows], h, n, names, temperature)
+        distinct = [list({tokenizer.decode(a).strip(): (a, p, f) for a, p, f in reversed(state)}.values())[::-1] for state in drawn]
+        branches = [(j, len(histories[j]), a, f) for j, state in enumerate(distinct) for a, _, f in state]
+        q = Tree(histories, branches, policy.cos.device).scores(prm).cpu().numpy()
+        ends = np.cumsum([len(state) for state in distinct])
+        best = [state[int(part.argmax())] for state, part in zip(distinct, np.split(q, ends[:-1]))]
+        return tuple(map(list, zip(*best)))
+
+    return choose

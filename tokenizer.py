@@ -1,0 +1,111 @@
+"""Text <-> token ids, and the transcript: one append-only token sequence an episode.
+
+    <task> put a mug in desk. <obs> You are in … <act> go to desk 1 <end> <obs> You arrive at … <act> …
+
+Two things about the game text shape the vocabulary. A name and its number are one token (" desk 1"): small models that see
+them apart copy the name and guess the number (METHOD, "what is known about learning it"). And what stands between two names
+is one of a few hundred fixed phrases ("You arrive at", ". On the", ", you see a"), each one token as well: an action is 3 to
+5 tokens and an episode half as long as word by word. Anything else falls back to words and characters, without loss.
+"""
+
+import re
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers
+
+SPECIAL = ("<pad>", "<unk>", "<task>", "<obs>", "<act>", "<end>")
+PAD, UNK, TASK, OBS, ACT, END = range(len(SPECIAL))
+CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
+INTRO = re.compile(r"(?:-= Welcome to TextWorld, ALFRED! =-\n\n)?(.*?)\n\nYour task is to: (.*)", re.DOTALL)
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer of the vocabulary above: greedy longest match inside names and phrases."""
+
+    def __init__(self, hf):
+        self.hf = hf
+        self.tokens = [hf.id_to_token(i) for i in range(hf.get_vocab_size())]
+        self._numbered = {}
+        self.encode = lru_cache(maxsize=200_000)(self._encode)  # observations recur by the thousand
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def _encode(self, text):
+        """Text -> tuple of ids (no special tokens)."""
+        return tuple(self.hf.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids):
+        """Ids -> text; special tokens other than <unk> vanish."""
+        return "".join(self.tokens[i] for i in ids if i == UNK or i >= len(SPECIAL))
+
+    def prompt(self, task, observation):
+        """The tokens that open an episode, up to and including the <act> that asks for the first action."""
+        return (TASK, *self.encode(task), *self.turn(observation))
+
+    def turn(self, observation):
+        """The tokens between the <end> of one action and the first token of the next."""
+        return (OBS, *self.encode(observation), ACT)
+
+    def action(self, command):
+        """The tokens of an action, its <end> included."""
+        return (*self.encode(command), END)
+
+    def numbered(self, counts):
+        """{base name: n} -> [ids of "name 1" … "name n"] a base name; one with a number outside the vocabulary is left out."""
+        key = tuple(sorted(counts.items()))
+        if key in self._numbered:
+            return self._numbered[key]
+        groups = ([self.hf.token_to_id(f" {base} {k}") for k in range(1, n + 1)] for base, n in key if n > 1)
+        self._numbered[key] = [ids for ids in groups if None not in ids]
+        return self._numbered[key]
+
+    def renumber(self, ids, counts, rng):
+        """Another telling of the same episode: the instances of every base name with their numbers permuted.
+
+        ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The right action is then only to be had by
+        looking which number was seen, not by remembering a game.
+        """
+        table = np.arange(len(self))
+        for group in self.numbered(counts):
+            table[group] = rng.permutation(group)
+        return table[ids]
+
+    def save(self, folder):
+        self.hf.save(str(Path(folder) / "tokenizer.json"))
+
+    @classmethod
+    def load(cls, folder):
+        return cls(HFTokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+
+    @classmethod
+    def train(cls, texts, counts, min_count=5, max_phrases=600):
+        """Vocabulary from game texts and {base name: highest number}; names come with every number from 1 up."""
+        names = "|".join(sorted(map(re.escape, counts), key=len, reverse=True))
+        name = f"(?: |(?<![a-z]))(?:{names})(?: [0-9]+)?(?![a-z0-9])"  # " desk 1", " desk"
+        phrases, words = Counter(), Counter()
+        for text in texts:
+            for phrase in re.split(name, text):
+                phrases[phrase] += 1
+                words.update(re.findall(r" ?[A-Za-z]+|[^A-Za-z ]", phrase))
+        vocabulary = dict.fromkeys(SPECIAL)
+        vocabulary.update(dict.fromkeys(CHARACTERS))
+        vocabulary.update(dict.fromkeys(f" {b}{k}" for b in sorted(counts) for k in ["", *(f" {i}" for i in range(1, counts[b] + 1))]))
+        for counter in (words, phrases):
+            frequent = sorted((-n, piece) for piece, n in counter.items() if n >= min_count and piece)
+            vocabulary.update(dict.fromkeys(piece for _, piece in frequent[:max_phrases]))
+        hf = HFTokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>",
+                                          continuing_subword_prefix="", max_input_chars_per_word=10_000))
+        hf.pre_tokenizer = pre_tokenizers.Split(Regex(name), "isolated")
+        hf.decoder = decoders.Fuse()
+        hf.add_special_tokens(list(SPECIAL))
+        return cls(hf)
+
+
+def split_intro(intro):
+    """The game's first text -> (task, first observation)."""
+    observation, task = INTRO.fullmatch(intro).groups()
+    return task, observation
