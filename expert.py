@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from env import NOTHING_HAPPENS, AlfworldEnv
+from games import games_for, split_dev
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -75,14 +76,10 @@ def fit_prior(games):
     found, searched = Counter(), Counter()
     for game in games:
         receptacles = [base(name) for name in game.names[game.n_objects:]]
-        count, seen = Counter(receptacles), set()
-        for receptacle, contents in zip(receptacles, game.start_contents):
-            for name in names(game.listing(contents)):
-                found[base(name), receptacle] += 1
-                seen.add(base(name))
-        for thing in seen:
-            for receptacle, n in count.items():
-                searched[thing, receptacle] += n
+        contents = [[base(name) for name in names(game.listing(objects))] for objects in game.start_contents]
+        for receptacle, things in zip(receptacles, contents):
+            found.update((thing, receptacle) for thing in things)
+        searched.update((thing, receptacle) for thing in set().union(*contents) for receptacle in receptacles)
     prior = {}
     for (thing, receptacle), n in sorted(found.items()):
         prior.setdefault(thing, {})[receptacle] = round(n / searched[thing, receptacle], 4)
@@ -134,7 +131,7 @@ class Expert:
         first, last = " ".join(words[:2]), " ".join(words[-2:])  # "take mug 1 from desk 2" -> "mug 1", "desk 2"
         if observation == NOTHING_HAPPENS:
             if action == f"go to {last}" and last in self.rooms:  # one cannot go to where one is
-                self._meet(last)
+                self.place[last] = self.here
             elif action == f"open {last}" and self._is_here(last) and last not in self.is_open:
                 self.is_open[last] = True  # or it has no door
             elif action == f"move {self.held} to {last}" and self._reach(last) is None:
@@ -143,10 +140,9 @@ class Expert:
         if verb == "go":
             self.here = self.place.setdefault(last, last)
         elif verb == "look" and self.here:
-            for name in names(observation.partition(".")[0]):
-                self._meet(name)
+            self.place.update(dict.fromkeys(names(observation.partition(".")[0]), self.here))
         elif last in self.rooms:  # what can be handled is within reach
-            self._meet(last)
+            self.place[last] = self.here
         if verb == "take":
             self.held, self.origin = first, last
             if first in self.contents.get(last, ()):
@@ -157,7 +153,7 @@ class Expert:
             things += [first] * (first not in things)  # some objects are listed in several receptacles
         elif verb == "close":
             self.is_open[last] = False
-        elif verb == self.task.kind:
+        elif verb in TOOLS and verb == self.task.kind:
             self.ready.add(first)
         elif {verb, self.task.kind} == {"heat", "cool"}:
             self.ready.discard(first)
@@ -169,16 +165,6 @@ class Expert:
             if not closed:
                 self.contents[name] = list(names(on or inside))
                 self.unseen.discard(name)
-
-    def _meet(self, name):
-        """Learn that a receptacle is where the player is."""
-        old = self.place.get(name)
-        if old is None:
-            self.place[name] = self.here
-        elif old != self.here:  # two locations turn out to be one
-            for other, place in self.place.items():
-                if place == old:
-                    self.place[other] = self.here
 
     def _is_here(self, receptacle):
         return self.place.get(receptacle) == self.here
@@ -227,12 +213,11 @@ class Expert:
         return max(targets, key=lambda r: (first.get(r, 0), self._is_here(r), self.is_open.get(r, False)))
 
     def _reach(self, receptacle):
-        """The command that brings `receptacle` within reach, or None if things can be put there now."""
+        """The command on the way to put something there or take it out, or None if that can be done now."""
         if not self._is_here(receptacle):
             return f"go to {receptacle}"
-        if not self.is_open.get(receptacle, receptacle not in self.unseen or base(receptacle) not in OPENABLE):
-            return f"open {receptacle}"
-        return None
+        looks_open = receptacle not in self.unseen or base(receptacle) not in OPENABLE  # where it was not said
+        return None if self.is_open.get(receptacle, looks_open) else f"open {receptacle}"
 
     def _search(self, word):
         """Look into the likeliest receptacle not yet seen."""
@@ -249,8 +234,8 @@ class Expert:
                 score[kind] = likely.get(kind, 0) / (2 if kind in OPENABLE else 1)
                 if self.order_noise:
                     score[kind] *= exp(self.rng.normal(0, self.order_noise))
-            if self.task.kind == "put" and word == self.task.object:
-                score[self.task.place] = -1  # had there been one, the task would be done
+            if word == self.task.object:  # games begin with nothing done: no wanted object where it is to be treated, or to be put
+                score[TOOLS.get(self.task.kind, self.task.place)] = -1
             self.orders[word] = sorted(self.rooms, key=lambda r: -score[base(r)])
         return self.orders[word]
 
@@ -317,3 +302,51 @@ def mistake(expert, right, before, rng):
         f"open {near}", f"close {near}", f"examine {near}", f"examine {hand}", pick(("look", "inventory")),
         f"use {tool}" if task.kind == "look" else f"{pick(tuple(TOOLS))} {hand} with {tool}",
     ) if command != right])
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+def report(demos, max_steps):
+    """-> lines: mean actions and success within so many actions, by kind of task and in all."""
+    kinds = [parse_task(demo.task).kind for demo in demos]
+    caps = sorted({20, 30, 50, max_steps} - set(range(max_steps + 1, 51)))
+    lines = [f"{'task':6}{'games':>7}{'actions':>9}" + "".join(f"{f'won in {cap}':>11}" for cap in caps)]
+    for kind in (*sorted(set(kinds)), "all"):
+        mine = [demo for demo, k in zip(demos, kinds) if kind in (k, "all")]
+        within = [np.mean([demo.won and len(demo.steps) <= cap for demo in mine]) for cap in caps]
+        actions = np.mean([len(demo.steps) for demo in mine])
+        lines.append(f"{kind:6}{len(mine):7,}{actions:9.2f}" + "".join(f"{share:11.1%}" for share in within))
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="the folder that holds json_2.1.1; without it $ALFWORLD_DATA or alfworld's cache")
+    parser.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
+    parser.add_argument("--split", default="valid_seen", help="dev, or a folder of the data: train, valid_seen, …")
+    parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
+    parser.add_argument("--mistakes", type=float, default=0.0, help="chance that a mistake is played instead of the expert's action")
+    parser.add_argument("--order-noise", type=float, default=0.0, help="disturbance of the search order, in log units")
+    parser.add_argument("--seed", type=int, default=0, help="of mistakes and disturbances")
+    parser.error = fail
+    args = parser.parse_args()
+    if not 0 <= args.mistakes <= 1 or args.order_noise < 0 or args.max_steps < 1 or args.seed < 0:
+        fail("--mistakes is in [0, 1], --order-noise and --seed are at least 0, --max-steps at least 1")
+    games, _ = games_for(args.games, args.data, args.split)
+    prior = fit_prior(split_dev(games_for(args.games, args.data, "train")[0])[0])
+    rng, env = np.random.default_rng(args.seed), AlfworldEnv()
+    expert = Expert(prior, rng, args.order_noise)
+    start = time.perf_counter()
+    demos = [demonstrate(env, game, expert, rng, args.mistakes, args.max_steps) for game in games]
+    speed = len(demos) / (time.perf_counter() - start)
+    wrong = np.mean([not step.trained for demo in demos for step in demo.steps])
+    print(*report(demos, args.max_steps), f"{speed:,.0f} demonstrations/s; {wrong:.1%} of the actions are mistakes", sep="\n")
+
+
+def fail(message):
+    raise ValueError(message)  # one line instead of argparse's usage
+
+
+if __name__ == "__main__":
+    from common import command_line
+    command_line(main)

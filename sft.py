@@ -14,7 +14,21 @@ from torch.nn import functional as F
 from common import generator, optimise, pad
 from env import AlfworldEnv
 from expert import Expert, demonstrate
-from tokenizer import PAD
+from tokenizer import PAD, Tokenizer, split_intro
+
+
+def train_tokenizer(games, prior, seed, sample=1000):
+    """Vocabulary from `sample` demonstrations with mistakes, and every base name with every number it has in any of the games."""
+    counts, texts, env = {}, [], AlfworldEnv(30)
+    for game in games:
+        for base, n in game.counts.items():
+            counts[base] = max(n, counts.get(base, 0))
+    for number, i in enumerate(generator(seed, "tokenizer").permutation(len(games))[:sample]):
+        rng = generator(seed, "tokenizer", number)
+        demo = demonstrate(env, games[i], Expert(prior, rng), rng, mistakes=0.2)
+        texts += split_intro(demo.observation)
+        texts += [text for step in demo.steps for text in (step.action, step.observation)]
+    return Tokenizer.train(texts, counts)
 
 
 def demonstration_tokens(demo, tokenizer, obs_weight):
@@ -22,7 +36,7 @@ def demonstration_tokens(demo, tokenizer, obs_weight):
 
     Actions of the expert weigh 1, its mistakes 0 (they are shown, not taught), observations `obs_weight`, the prompt 0.
     """
-    ids = list(tokenizer.prompt(demo.task, demo.observation))
+    ids = list(tokenizer.prompt(*split_intro(demo.observation)))
     weights = [0.0] * len(ids)
     for i, (action, observation, trained) in enumerate(demo.steps):
         tokens = tokenizer.action(action)

@@ -1,0 +1,158 @@
+"""Success by split and task type, for any agent, as a table and as JSON.
+
+    python eval.py --policy runs/default/best/policy --split valid_seen --episodes-per-game 5
+    python eval.py --policy runs/default/iter0/policy --prm runs/default/iter1/prm --best-of 16 --split dev
+    python eval.py --agent expert --split valid_seen          # and --agent random: what the numbers are to be read against
+    python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from common import UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
+from env import TASK_TYPES, AlfworldEnv
+from expert import Expert, demonstrate, fit_prior
+from games import games_for, split_dev, write_games
+from rollout import rollout
+from search import best_of_n
+from stock import StockAlfworldEnv, alfworld_version
+
+
+def summarise(episodes, games):
+    """[{"game", "won", "actions", …}] -> success in [0, 1] and mean actions (over all episodes), overall and by task type."""
+    type_of = {game.id: game.task_type for game in games}
+
+    def share(part):
+        return {"games": len({e["game"] for e in part}), "success": float(np.mean([e["won"] for e in part])),
+                "mean_actions": float(np.mean([e["actions"] for e in part]))}
+
+    by_task = {t: [e for e in episodes if type_of[e["game"]] == t] for t in TASK_TYPES}
+    return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
+
+
+def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=128, choose=None,
+                    admissible=False, make_env=AlfworldEnv, name="evaluate"):
+    """Play every game `episodes_per_game` times. -> the results of `summarise`, the share of inadmissible actions, the episodes."""
+    todo = [(game, k) for game in games for k in range(episodes_per_game)]
+    played = tqdm(rollout(policy, tokenizer, todo, temperature=temperature, seed=seed, slots=slots, max_steps=max_steps,
+                          admissible=admissible, choose=choose, make_env=make_env), name, len(todo), unit="episode", dynamic_ncols=True)
+    done = sorted(played, key=lambda t: (t.game, t.episode))
+    episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
+    return {**summarise(episodes, games), "inadmissible": float(np.mean(np.concatenate([t.inadmissible for t in done]))), "episodes": episodes}
+
+
+def evaluate_scripted(agent, games, *, prior=None, episodes_per_game=1, max_steps=30, seed=0, make_env=AlfworldEnv):
+    """The same for agents without a model: "expert", or "random" (uniform over the admissible commands)."""
+    env, episodes = make_env(max_steps), []
+    for game in tqdm(games, agent, unit="game", dynamic_ncols=True):
+        for k in range(episodes_per_game):
+            rng = generator(seed, agent, game.id, k)
+            if agent == "expert":
+                demo = demonstrate(env, game, Expert(prior, rng), rng, max_steps=max_steps)
+                won, actions = demo.won, len(demo.steps)
+            else:
+                _, info = env.reset(game)
+                won, actions = False, 0
+                while not won and actions < max_steps:
+                    commands = info["admissible_commands"]
+                    _, _, won, _, info = env.step(commands[rng.integers(len(commands))])
+                    actions += 1
+            episodes.append({"game": game.id, "won": bool(won), "actions": actions})
+    return {**summarise(episodes, games), "episodes": episodes}
+
+
+def paired_bootstrap(before, after, n=10_000, seed=0):
+    """Two lists of episodes on the same games -> (mean difference in success, 2.5 % and 97.5 % quantile), resampling games."""
+    def by_game(episodes):
+        won = {}
+        for e in episodes:
+            won.setdefault(e["game"], []).append(e["won"])
+        return {game: np.mean(w) for game, w in won.items()}
+
+    a, b = by_game(before), by_game(after)
+    if a.keys() != b.keys():
+        raise ValueError("a paired bootstrap needs the same games on both sides")
+    gap = np.array([b[game] - a[game] for game in sorted(a)])
+    means = gap[np.random.default_rng(seed).integers(len(gap), size=(n, len(gap)))].mean(1)
+    return float(gap.mean()), *map(float, np.quantile(means, (0.025, 0.975)))
+
+
+def table(result):
+    """A result of `evaluate_*` -> lines of text."""
+    lines = [f"{'task type':34}{'games':>7}{'success':>10}{'actions':>10}"]
+    for name, r in (*result["by_task"].items(), ("all", result)):
+        lines.append(f"{name:34}{r['games']:7}{r['success']:10.1%}{r['mean_actions']:10.2f}")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = lambda group, flag, help, **kw: group.add_argument(flag, help=help + ("" if kw.get("default") in (None, False) else " (default: %(default)s)"), **kw)
+    who = parser.add_argument_group("agent")
+    add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random"))
+    add(who, "--policy", "folder of a policy", metavar="DIR")
+    add(who, "--prm", "folder of a PRM, for --best-of", metavar="DIR")
+    add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
+    add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
+    add(who, "--admissible", "sample only commands that the world would accept (default: free generation)", action="store_true")
+    what = parser.add_argument_group("games")
+    add(what, "--split", "dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen", default="valid_seen")
+    add(what, "--data", "folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
+    add(what, "--games", "where games come from", default="auto", choices=("auto", "alfworld", "generated"))
+    add(what, "--n-generated", "how many generated games a split has", type=int, default=200, metavar="N")
+    add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
+    add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
+    add(what, "--engine", "the fast exact world, or alfworld's own", default="fast", choices=("fast", "alfworld"))
+    run = parser.add_argument_group("run")
+    add(run, "--seed", "names all randomness", type=int, default=0)
+    add(run, "--slots", "episodes in flight at once", type=int, default=128)
+    add(run, "--device", "auto, cpu or cuda", default="auto")
+    add(run, "--json", "write the result there", metavar="FILE")
+    args = parser.parse_args()
+    if args.agent == "policy" and not args.policy:
+        raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
+    if args.best_of > 1 and not args.prm:
+        raise UserError("--best-of needs --prm DIR")
+    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, args.slots) < 1 or args.temperature < 0 or args.seed < 0:
+        raise UserError("--best-of, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, --temperature and --seed at least 0")
+    set_up_torch()
+    games, source = games_for(args.games, args.data, args.split, args.n_generated)
+    make_env, folder = AlfworldEnv, None
+    if args.engine == "alfworld":
+        make_env, args.slots = StockAlfworldEnv, min(args.slots, 8)
+        if games[0].path is None:  # alfworld's engine reads files
+            folder = tempfile.TemporaryDirectory()
+            write_games(games, folder.name, args.split)
+            games, _ = games_for("alfworld", folder.name, args.split)
+    start = time.monotonic()
+    common = dict(episodes_per_game=args.episodes_per_game, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
+    if args.agent == "policy":
+        device = pick_device(args.device)
+        policy, tokenizer = read_model(args.policy, device)
+        choose = best_of_n(read_model(args.prm, device)[0], args.best_of) if args.best_of > 1 else None
+        result = evaluate_policy(policy, tokenizer, games, temperature=args.temperature, slots=args.slots, choose=choose,
+                                 admissible=args.admissible, **common)
+    else:
+        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
+        result = evaluate_scripted(args.agent, games, prior=prior, **common)
+    result = {"agent": args.agent, "split": args.split, **result, "max_steps": args.max_steps,
+              "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "admissible": args.admissible,
+              "policy": args.policy, "prm": args.prm, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
+              "episodes_per_game": args.episodes_per_game, "seed": args.seed, "seconds": round(time.monotonic() - start, 1)}
+    print(f"agent {args.agent}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
+          f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
+    print(*table(result), sep="\n")
+    if "inadmissible" in result:
+        print(f"inadmissible actions: {result['inadmissible']:.1%}")
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

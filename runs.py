@@ -1,0 +1,174 @@
+"""The run directory: what was asked for, what is done, what came out; everything written whole, so that a run can be killed.
+
+    config.json      flags, seed, git commit, versions, data        metrics.jsonl    one line a finished stage
+    state.json       seconds by stage                               result.json      π_0 … π_N, and which is best on dev
+    iter0/policy     π_0            iter<i>/policy, prm, rollouts   π_i, Q_i, rollouts of π_{i−1}
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from common import UserError, key, pick_device, read_json, write_file, write_json
+from eval import paired_bootstrap
+from games import DataError, games_for, split_dev
+from model import Config, Transformer
+
+UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when a run is continued
+
+
+def provenance():
+    """Where a result comes from: git commit, versions, machine."""
+    here = Path(__file__).parent
+    git = lambda *command: subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True)
+    commit = git("rev-parse", "HEAD") if (here / ".git").exists() else None
+    return {"commit": commit.stdout.strip() + "+changes" * bool(git("status", "--porcelain", "-uno").stdout) if commit and not commit.returncode else None,
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "alfworld", "numpy", "tokenizers", "safetensors")}},
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+                       + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")}
+
+
+class Stage:
+    """One stage of one iteration; `done` when its record exists. `state` is where its training keeps its place."""
+
+    def __init__(self, run, name):
+        self.run, self.name, self.start = run, name, time.monotonic()
+        self.record, self.state = run.path / f"{name}.json", run.path / f"{name}.state.safetensors"
+        self.done = self.record.exists()
+
+    def finish(self, record):
+        write_json(self.record, {"stage": self.name, **record})
+        self.state.unlink(missing_ok=True)
+        self.run.write_metrics()
+
+
+class Run:
+    def __init__(self, args):
+        self.path, self.device = Path(args.out), pick_device(args.device)
+        flags = {k: v for k, v in vars(args).items()}
+        config = self.path / "config.json"
+        if config.exists():
+            old = read_json(config)["flags"]
+            differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - set(UNCOMPARED)) if old.get(k) != flags.get(k)]
+            if differ:
+                raise UserError(f"{self.path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
+        else:
+            write_json(config, {"flags": flags, "command": " ".join(sys.argv), **provenance()})
+
+    def note_data(self, source):
+        """Record the games of the run; a continued run must have the same ones."""
+        file = self.path / "data.json"
+        if file.exists() and read_json(file) != source:
+            raise UserError(f"{self.path} was started on other games ({read_json(file)}; now {source}): use another --out")
+        write_json(file, source)
+
+    def seed_torch(self, name):
+        """Name torch's own randomness (initial weights)."""
+        torch.manual_seed(key(f"{name} {read_json(self.path / 'config.json')['flags']['seed']}"))
+
+    @contextmanager
+    def stage(self, name):
+        """A Stage; the time spent in it is added up in state.json over all sittings."""
+        stage = Stage(self, name)
+        done = stage.done
+        try:
+            yield stage
+        finally:
+            if not done:
+                file = self.path / "state.json"
+                state = read_json(file) if file.exists() else {"last": None, "seconds": {}}
+                state["seconds"][name] = round(state["seconds"].get(name, 0) + time.monotonic() - stage.start, 2)
+                state["last"] = name if stage.record.exists() else state["last"]
+                write_json(file, state)
+
+    def records(self):
+        """All finished stages' records, in order of iteration and name."""
+        files = sorted(self.path.glob("iter*/*.json"), key=lambda f: (int(f.parent.name[4:]), f.name))
+        return [read_json(f) for f in files]
+
+    def write_metrics(self):
+        lines = [json.dumps({k: v for k, v in r.items() if k != "episodes" or isinstance(v, int)}) for r in self.records()]
+        write_file(self.path / "metrics.jsonl", lambda p: p.write_text("\n".join(lines) + "\n"))
+
+
+def load_games(args, run):
+    """-> .train, .dev (held out of train by task folder), .test {split: games}, .counts {game id: {base name: n}}."""
+    everything, source = games_for(args.games, args.data, "train", args.n_generated)
+    train, dev = split_dev(everything, args.dev_games)
+    generated = everything[0].path is None
+    test, sources = {}, {"train": source}
+    for split in args.test_splits:
+        try:
+            test[split], sources[split] = games_for("generated" if generated else "alfworld", args.data, split, args.n_generated // 4)
+        except DataError:
+            print(f"no games of {split}: not evaluated", file=sys.stderr)
+    run.note_data(sources)
+    return SimpleNamespace(train=train, dev=dev, test=test, counts={game.id: game.counts for game in train})
+
+
+def estimate(args, run, games):
+    """Say how long the run will take on this machine, from the measured speed of a few passes of a model of this size."""
+    if (run.path / "iter0/sft.json").exists():
+        print(f"continuing {run.path}", file=sys.stderr)
+        return
+    model = Transformer(Config(700, args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context)).to(run.device)
+    ids = torch.randint(700, (16, 160), device=run.device)
+
+    def seconds(step):
+        step()
+        start = time.monotonic()
+        for _ in range(3):
+            step()
+        return (time.monotonic() - start) / 3 / ids.numel()
+
+    train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
+    # tokens of an episode: about 160 a demonstration, 250 a rollout; sampling a token costs about what training on it does
+    per_rollout = 250 * train
+    stages = {"SFT": args.demos * 160 * train * (not args.init),
+              "rollouts": args.iters * args.rollouts * per_rollout,
+              "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
+              "DPO": args.iters * args.pairs * 60 * train * 2,
+              "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
+    total = sum(stages.values())
+    show = lambda s: f"{s / 3600:.1f} h" if s > 5400 else f"{s / 60:.0f} min" if s > 90 else f"{s:.0f} s"
+    print(f"estimate for this machine: {show(total)} (" + ", ".join(f"{k} {show(v)}" for k, v in stages.items()) + ")", file=sys.stderr)
+
+
+def final_table(args, run):
+    """Print π_0 … π_N on every split, choose the best on dev, write result.json and best/policy, best/prm."""
+    evals = {(int(f.parent.name[4:]), f.stem[5:]): read_json(f) for f in run.path.glob("iter*/eval-*.json")}
+    iterations, splits = sorted({i for i, _ in evals}), sorted({s for _, s in evals}, key=lambda s: (s != "dev", s))
+    best = max(iterations, key=lambda i: (evals[i, "dev"]["success"], -i))
+    lines = [f"{'':6}" + "".join(f"{s + ', ' + str(evals[0, s]['games']) + ' games':>26}" for s in splits) + f"{'inadmissible':>14}"]
+    rows = []
+    for i in iterations:
+        row = {"iteration": i, **{s: {k: evals[i, s][k] for k in ("success", "mean_actions", "inadmissible", "games")} for s in splits}}
+        for s in splits:
+            row[s]["gain_over_0"] = paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
+        rows.append(row)
+        lines.append(f"π_{i}{' *' if i == best else '  '}  " + "".join(f"{row[s]['success']:16.1%}{row[s]['mean_actions']:6.1f} act" for s in splits)
+                     + f"{row['dev']['inadmissible']:14.1%}")
+    for s in splits:
+        gap, low, high = rows[best][s]["gain_over_0"]
+        lines.append(f"{s}: π_{best} − π_0 = {100 * gap:+.1f} points (95 % interval {100 * low:+.1f} … {100 * high:+.1f}, paired bootstrap over games)")
+    seconds = read_json(run.path / "state.json")["seconds"]
+    write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,
+                                          "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
+    for kind in ("policy", "prm"):
+        source, target = run.path / f"iter{best}/{kind}", run.path / f"best/{kind}"
+        shutil.rmtree(target, ignore_errors=True)
+        if source.exists():
+            shutil.copytree(source, target)
+    print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")
+    print(*lines, sep="\n")
+    print(f"{sum(seconds.values()) / 60:.1f} min in all")

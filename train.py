@@ -1,0 +1,230 @@
+"""AgentPRM on ALFWorld, from games to a table of π_0 … π_3.
+
+    python train.py --iters 3 --rollouts 70000             # the whole method; on two CPU cores an afternoon
+    python train.py --iters 3 --rollouts 4000              # a small one
+    python train.py --smoke                                # every stage, tiny, on generated games
+
+One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i → improve π_{i−1} to π_i by online DPO.
+The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
+"""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
+from dpo import online_dpo
+from eval import evaluate_policy
+from expert import fit_prior
+from model import Config, Transformer
+from prm import report, train_prm
+from qestimate import held_out_check, labels_of, q_table, visit_statistics
+from rollout import load_trajectories, rollout, save_trajectories
+from runs import Run, estimate, final_table, load_games
+from sft import train_sft, train_tokenizer
+
+
+def main():
+    args = parse_flags()
+    set_up_torch(args.threads)
+    run = Run(args)
+    games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id
+    estimate(args, run, games)
+    supervised(args, run, games)
+    for i in range(1, args.iters + 1):
+        trajectories = roll_out(args, run, games, i)
+        process_reward_model(args, run, games, i, trajectories)
+        improve(args, run, games, i, trajectories)
+    for i in range(args.iters + 1):
+        evaluate(args, run, i, "dev", games.dev, args.dev_episodes)
+        for split, test in games.test.items():
+            evaluate(args, run, i, split, test, args.episodes_per_game)
+    final_table(args, run)
+
+
+def supervised(args, run, games):
+    """π_0: fine-tuned on demonstrations, or given by --init."""
+    with run.stage("iter0/sft") as stage:
+        if stage.done:
+            return
+        if args.init:
+            policy, tokenizer = read_model(args.init, run.device)
+            log = []
+        else:
+            prior = fit_prior(games.train)
+            tokenizer = train_tokenizer(games.train, prior, args.seed)
+            run.seed_torch("policy")
+            policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context)).to(run.device)
+            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, lr=args.sft_lr, batch=args.sft_batch, seed=args.seed,
+                            mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, state=stage.state)
+        save_model(run.path / "iter0/policy", policy, tokenizer)
+        stage.finish({"parameters": policy.n_parameters(), "log": log})
+
+
+def roll_out(args, run, games, i):
+    """Stage 1a: --rollouts episodes of π_{i−1}, shard by shard. -> all trajectories"""
+    with run.stage(f"iter{i}/rollouts") as stage:
+        policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
+        order = generator(args.seed, "games", i).permutation(len(games.train))
+        n = -(-args.rollouts // args.rollouts_per_game)
+        todo = [(games.train[order[g % len(order)]], g // len(order) * args.rollouts_per_game + k)
+                for g in range(n) for k in range(args.rollouts_per_game)][:args.rollouts]
+        trajectories = []
+        with tqdm(total=len(todo), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
+            for start in range(0, len(todo), args.shard):  # a shard is the same whoever plays it, and whenever
+                file = run.path / f"iter{i}/rollouts/{start // args.shard:05d}.safetensors"
+                if not file.exists():
+                    shard = []
+                    for trajectory in rollout(policy, tokenizer, todo[start:start + args.shard], temperature=args.rollout_temperature,
+                                              seed=key(f"rollouts {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
+                        shard.append(trajectory)
+                        bar.update()
+                    save_trajectories(file, sorted(shard, key=lambda t: (t.game, t.episode)))
+                    trajectories += load_trajectories(file)
+                else:
+                    trajectories += load_trajectories(file)
+                    bar.update(len(todo[start:start + args.shard]))
+                bar.set_postfix(won=f"{sum(t.won for t in trajectories) / len(trajectories):.1%}")
+        if not stage.done:
+            actions = sum(map(len, trajectories))
+            stage.finish({"episodes": len(trajectories), "success": sum(t.won for t in trajectories) / len(trajectories),
+                          "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
+                          "q_hat_check": held_out_check(trajectories, tokenizer, args.gamma)})
+        return trajectories
+
+
+def process_reward_model(args, run, games, i, trajectories):
+    """Stage 1b and 2: Monte Carlo labels, held out by task folder; Q_i starts from π_{i−1}."""
+    with run.stage(f"iter{i}/prm") as stage:
+        if stage.done:
+            return
+        policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
+        folders = sorted({t.game.split("/")[0] for t in trajectories})
+        chosen = generator(args.seed, "held out", i).permutation(len(folders))[:max(1, round(args.held_out * len(folders)))]
+        held = {folders[f] for f in chosen}
+        fit, test = ([t for t in trajectories if (t.game.split("/")[0] in held) == out] for out in (False, True))
+        table, test_table = q_table(fit, tokenizer, args.gamma), q_table(test, tokenizer, args.gamma)
+        prm = policy.with_score_head()
+        log = train_prm(prm, tokenizer, fit, labels_of(fit, table), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
+                        batch=args.prm_batch, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
+        prm.eval()
+        save_model(run.path / f"iter{i}/prm", prm, tokenizer)
+        stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table), "visits": visit_statistics(table), "log": log})
+
+
+def improve(args, run, games, i, trajectories):
+    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init)."""
+    with run.stage(f"iter{i}/dpo") as stage:
+        if stage.done:
+            return
+        policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
+        reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
+        prm, _ = read_model(run.path / f"iter{i}/prm", run.device)
+        log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
+                         beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, seed=key(f"dpo {args.seed} {i}"),
+                         state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap, name=f"DPO {i}")
+        save_model(run.path / f"iter{i}/policy", policy, tokenizer)
+        stage.finish({"log": log})
+
+
+def evaluate(args, run, i, split, games, episodes_per_game):
+    """Success of π_i on a split."""
+    with run.stage(f"iter{i}/eval-{split}") as stage:
+        if stage.done:
+            return
+        policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)
+        stage.finish({"split": split, **evaluate_policy(policy, tokenizer, games, episodes_per_game=episodes_per_game, slots=args.slots,
+                                                       temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed,
+                                                       name=f"π_{i} on {split}")})
+
+
+# --- flags -------------------------------------------------------------------------------------------------------------
+
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
+             iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
+
+
+def parse_flags(argv=None):
+    """The command line -> namespace. UserError for values out of range."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    small = []  # flags that are whole numbers of at least 1
+
+    def add(group, flag, default, help, **kw):
+        if type(default) in (int, float) and "type" not in kw:
+            kw["type"] = type(default)
+        if type(default) is int and flag != "--seed":
+            small.append(flag[2:].replace("-", "_"))
+        group.add_argument(flag, default=default, help=help + ("" if default is None else " (default: %(default)s)"), **kw)
+
+    g = parser.add_argument_group("run")
+    add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
+    add(g, "--rollouts", 70000, "episodes an iteration, in all")
+    add(g, "--rollouts-per-game", 16, "episodes of each game; games in shuffled order, each once before any twice")
+    add(g, "--max-steps", 30, "actions after which an episode is cut")
+    add(g, "--out", "runs/default", "the run directory; an existing one is continued", metavar="DIR")
+    add(g, "--seed", 0, "names all randomness")
+    add(g, "--device", "auto", "auto, cpu or cuda")
+    add(g, "--threads", None, "CPU threads (default: all cores)", type=int, metavar="N")
+    g.add_argument("--smoke", action="store_true", help="every stage at tiny size, on generated games")
+    g = parser.add_argument_group("games")
+    add(g, "--data", None, "folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
+    add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates", choices=("auto", "alfworld", "generated"))
+    add(g, "--n-generated", 3553, "generated train games (a quarter as many for each test split)", metavar="N")
+    add(g, "--dev-games", 200, "train games held out by task folder, for every choice", metavar="N")
+    add(g, "--test-splits", ["valid_seen", "valid_unseen"], "splits to report on, where they exist", nargs="*", metavar="NAME")
+    g = parser.add_argument_group("model")
+    add(g, "--dim", 128, "width")
+    add(g, "--layers", 4, "layers")
+    add(g, "--heads", 4, "attention heads")
+    add(g, "--kv-heads", 2, "heads of keys and values (grouped-query attention)")
+    add(g, "--hidden", 384, "width of the feed-forward")
+    add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap")
+    g = parser.add_argument_group("π_0: supervised fine-tuning")
+    add(g, "--init", None, "start from this policy instead", metavar="DIR")
+    add(g, "--demos", 16000, "demonstrations, each seen once")
+    add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
+    add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
+    add(g, "--sft-lr", 5e-3, "learning rate")
+    add(g, "--sft-batch", 16, "demonstrations an update")
+    g = parser.add_argument_group("stage 1: rollouts and labels")
+    add(g, "--rollout-temperature", 0.3, "sampling temperature of rollouts")
+    add(g, "--slots", 128, "episodes in flight at once")
+    add(g, "--shard", 1000, "episodes a shard, the unit of resuming")
+    add(g, "--gamma", 0.95, "discount")
+    g = parser.add_argument_group("stage 2: PRM")
+    add(g, "--prm-lr", 1e-3, "learning rate")
+    add(g, "--prm-epochs", 2.0, "passes over the labels")
+    add(g, "--prm-batch", 32, "trajectories an update")
+    add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
+    g = parser.add_argument_group("stage 3: online DPO")
+    add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
+    add(g, "--beta", 0.03, "weight of the KL to the reference")
+    add(g, "--pairs", 25000, "states an iteration at which two actions are sampled")
+    add(g, "--dpo-lr", 3e-4, "learning rate")
+    add(g, "--dpo-temperature", 0.7, "temperature at which the two are sampled, and of their log-probabilities")
+    add(g, "--dpo-batch", 16, "trajectories an update")
+    add(g, "--states-per-trajectory", 8, "states of each")
+    add(g, "--min-gap", 0.0, "smallest difference of Q that makes a preference")
+    g = parser.add_argument_group("evaluation")
+    add(g, "--eval-temperature", 0.3, "sampling temperature")
+    add(g, "--dev-episodes", 2, "episodes a dev game")
+    add(g, "--episodes-per-game", 5, "episodes a test game")
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**SMOKE)
+    args = parser.parse_args(argv)
+    for name in small:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
+                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("prm_epochs", 1e-9, 1e9),
+                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("min_gap", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
+    if args.demos < args.sft_batch or args.rollouts < 2:
+        raise UserError("--demos must be at least --sft-batch, and --rollouts at least 2")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
