@@ -1,5 +1,6 @@
-"""What several stages share: files written whole, randomness by name, and one resumable training loop."""
+"""What several stages share: the command line, files written whole, randomness by name, and one resumable training loop."""
 
+import argparse
 import ctypes
 import hashlib
 import json
@@ -19,6 +20,28 @@ from tokenizer import Tokenizer
 
 class UserError(Exception):
     """A mistake of the caller's: shown as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a command: --help shows the module's docstring and every default; a bad flag is a UserError, in one line."""
+
+    def __init__(self, doc, usage="%(prog)s [flags]"):
+        super().__init__(description=doc, usage=usage, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if "(default: " in action.help or action.default is argparse.SUPPRESS:  # said in better words, or --help itself
+            return action.help
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        words = {"None": "none", "False": "off", "True": "on"}
+        return f"{action.help} (default: {' '.join(words.get(str(v), str(v)) for v in values)})"
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, action.dest.upper())
 
 
 def command_line(main):

@@ -6,7 +6,6 @@
     python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
+from common import Parser, UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import games_for, split_dev, write_games
@@ -91,18 +90,18 @@ def table(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = lambda group, flag, help, **kw: group.add_argument(flag, help=help + ("" if kw.get("default") in (None, False) else " (default: %(default)s)"), **kw)
+    parser = Parser(__doc__)
+    add = lambda group, flag, help, **kw: group.add_argument(flag, help=help, **kw)
     who = parser.add_argument_group("agent")
     add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random"))
     add(who, "--policy", "folder of a policy", metavar="DIR")
     add(who, "--prm", "folder of a PRM, for --best-of", metavar="DIR")
     add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
     add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
-    add(who, "--admissible", "sample only commands that the world would accept (default: free generation)", action="store_true")
+    add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
     add(what, "--split", "dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen", default="valid_seen")
-    add(what, "--data", "folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
+    add(what, "--data", "folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
     add(what, "--games", "where games come from", default="auto", choices=("auto", "alfworld", "generated"))
     add(what, "--n-generated", "how many generated games a split has", type=int, default=200, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")

@@ -11,7 +11,6 @@ observation, and of several wanted objects in view the first. It ignores the lis
 not see it could not tell why. What no transcript explains (`order_noise`) is off unless asked for.
 """
 
-import argparse
 import re
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import Parser, command_line
 from env import NOTHING_HAPPENS, AlfworldEnv
 from games import games_for, split_dev
 
@@ -320,18 +320,17 @@ def report(demos, max_steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="the folder that holds json_2.1.1; without it $ALFWORLD_DATA or alfworld's cache")
+    parser = Parser(__doc__)
+    parser.add_argument("--data", metavar="DIR", help="folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)")
     parser.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
     parser.add_argument("--split", default="valid_seen", help="dev, or a folder of the data: train, valid_seen, …")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
     parser.add_argument("--mistakes", type=float, default=0.0, help="chance that a mistake is played instead of the expert's action")
     parser.add_argument("--order-noise", type=float, default=0.0, help="disturbance of the search order, in log units")
     parser.add_argument("--seed", type=int, default=0, help="of mistakes and disturbances")
-    parser.error = fail
     args = parser.parse_args()
     if not 0 <= args.mistakes <= 1 or args.order_noise < 0 or args.max_steps < 1 or args.seed < 0:
-        fail("--mistakes is in [0, 1], --order-noise and --seed are at least 0, --max-steps at least 1")
+        parser.error("--mistakes is in [0, 1], --order-noise and --seed are at least 0, --max-steps at least 1")
     games, _ = games_for(args.games, args.data, args.split)
     prior = fit_prior(split_dev(games_for(args.games, args.data, "train")[0])[0])
     rng, env = np.random.default_rng(args.seed), AlfworldEnv()
@@ -343,10 +342,5 @@ def main():
     print(*report(demos, args.max_steps), f"{speed:,.0f} demonstrations/s; {wrong:.1%} of the actions are mistakes", sep="\n")
 
 
-def fail(message):
-    raise ValueError(message)  # one line instead of argparse's usage
-
-
 if __name__ == "__main__":
-    from common import command_line
     command_line(main)

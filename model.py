@@ -189,8 +189,9 @@ class Transformer(nn.Module):
         """Read a folder written by `save` (or by transformers, for a Llama with tied embeddings)."""
         folder = Path(folder)
         d = json.loads((folder / "config.json").read_text())
+        rope_theta = d["rope_theta"] if "rope_theta" in d else d["rope_parameters"]["rope_theta"]  # transformers 4, 5
         model = cls(Config(d["vocab_size"], d["hidden_size"], d["num_hidden_layers"], d["num_attention_heads"], d["num_key_value_heads"],
-                           d["intermediate_size"], d["max_position_embeddings"], d["rope_theta"], d["rms_norm_eps"],
+                           d["intermediate_size"], d["max_position_embeddings"], rope_theta, d["rms_norm_eps"],
                            "lm" if d["architectures"] == ["LlamaForCausalLM"] else "score"))
         weights = load_file(str(folder / "model.safetensors"))
         weights.pop("lm_head.weight", None)

@@ -11,7 +11,7 @@ def best_of_n(prm, n):
 
     def choose(policy, tokenizer, cache, rows, lengths, h, names, temperature, histories):
         drawn = branch(policy, tokenizer, cache, rows, lengths[rows], h, n, names, temperature)
-        distinct = [list({tokenizer.decode(a).strip(): (a, p, f) for a, p, f in reversed(state)}.values())[::-1] for state in drawn]
+        distinct = [first_of_each(state, lambda drawn: tokenizer.decode(drawn[0]).strip()) for state in drawn]
         branches = [(j, len(histories[j]), a, f) for j, state in enumerate(distinct) for a, _, f in state]
         q = Tree(histories, branches, policy.cos.device).scores(prm).cpu().numpy()
         ends = np.cumsum([len(state) for state in distinct])
@@ -19,3 +19,11 @@ def best_of_n(prm, n):
         return tuple(map(list, zip(*best)))
 
     return choose
+
+
+def first_of_each(things, name):
+    """Drop duplicates by name(thing), keeping the order."""
+    kept = {}
+    for thing in things:
+        kept.setdefault(name(thing), thing)
+    return list(kept.values())

@@ -25,13 +25,17 @@ class StockAlfworldEnv:
         self.engine = AlfredDemangler(PddlEnv(EnvInfos(admissible_commands=True, won=True)), shuffle=False)
         self.loaded = None
 
-    def reset(self, game):
-        """-> (observation, info). Raises ValueError for a game without a file."""
+    def load(self, game):
+        """Read a game's file; about half a second. `reset` does it where it is needed. Raises ValueError for a game without a file."""
         if game.path is None:
             raise ValueError(f"{game.id} has no file for alfworld's engine: write generated games with games.py --out DIR")
-        if self.loaded != game.path:
-            self.engine.load(str(game.path))
-            self.loaded = game.path
+        self.engine.load(str(game.path))
+        self.loaded = game.path
+
+    def reset(self, game):
+        """-> (observation, info). Raises ValueError for a game without a file."""
+        if self.loaded != game.path or game.path is None:
+            self.load(game)
         self.game, self.steps = game, 0
         self.state = self.engine.reset()
         return self.state.feedback, self._info()

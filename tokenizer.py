@@ -27,8 +27,9 @@ class Tokenizer:
 
     def __init__(self, hf):
         self.hf = hf
+        hf.encode_special_tokens = True  # "<end>" in a text is five characters
         self.tokens = [hf.id_to_token(i) for i in range(hf.get_vocab_size())]
-        self._numbered = {}
+        self._instances = {}
         self.encode = lru_cache(maxsize=200_000)(self._encode)  # observations recur by the thousand
 
     def __len__(self):
@@ -54,24 +55,27 @@ class Tokenizer:
         """The tokens of an action, its <end> included."""
         return (*self.encode(command), END)
 
-    def numbered(self, counts):
-        """{base name: n} -> [ids of "name 1" … "name n"] a base name; one with a number outside the vocabulary is left out."""
-        key = tuple(sorted(counts.items()))
-        if key in self._numbered:
-            return self._numbered[key]
-        groups = ([self.hf.token_to_id(f" {base} {k}") for k in range(1, n + 1)] for base, n in key if n > 1)
-        self._numbered[key] = [ids for ids in groups if None not in ids]
-        return self._numbered[key]
+    def instances(self, base):
+        """Ids of "base 1", "base 2", … as far as the vocabulary goes."""
+        if base not in self._instances:
+            ids = []
+            while (token := self.hf.token_to_id(f" {base} {len(ids) + 1}")) is not None:
+                ids.append(token)
+            self._instances[base] = np.array(ids, np.int64)
+        return self._instances[base]
 
     def renumber(self, ids, counts, rng):
-        """Another telling of the same episode: the instances of every base name with their numbers permuted.
+        """Another telling of the same episode: other instance numbers, consistently.
 
-        ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The right action is then only to be had by
-        looking which number was seen, not by remembering a game.
+        ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The n instances of a name get n distinct
+        numbers out of all that the vocabulary has for it, so that the right one is only to be had by looking what was seen:
+        a lone desklamp is "desklamp 2" half of the time. A name with instances outside the vocabulary keeps its numbers.
         """
         table = np.arange(len(self))
-        for group in self.numbered(counts):
-            table[group] = rng.permutation(group)
+        for base, n in sorted(counts.items()):
+            known = self.instances(base)
+            if 1 < len(known) >= n:
+                table[known] = rng.permutation(known)
         return table[ids]
 
     def save(self, folder):
@@ -99,7 +103,7 @@ class Tokenizer:
             vocabulary.update(dict.fromkeys(piece for _, piece in frequent[:max_phrases]))
         hf = HFTokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>",
                                           continuing_subword_prefix="", max_input_chars_per_word=10_000))
-        hf.pre_tokenizer = pre_tokenizers.Split(Regex(name), "isolated")
+        hf.pre_tokenizer = pre_tokenizers.Split(Regex(name + r"|[^\n -;=-~]"), "isolated")  # <unk> for one character; "<" alone
         hf.decoder = decoders.Fuse()
         hf.add_special_tokens(list(SPECIAL))
         return cls(hf)

@@ -8,12 +8,11 @@ One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PR
 The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
 """
 
-import argparse
 import sys
 
 from tqdm import tqdm
 
-from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
+from common import Parser, UserError, command_line, generator, key, read_model, save_model, set_up_torch
 from dpo import online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
@@ -147,7 +146,7 @@ SMOKE = dict(games="generated", n_generated=120, dev_games=16, demos=640, rollou
 
 def parse_flags(argv=None):
     """The command line -> namespace. UserError for values out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     small = []  # flags that are whole numbers of at least 1
 
     def add(group, flag, default, help, **kw):
@@ -155,7 +154,7 @@ def parse_flags(argv=None):
             kw["type"] = type(default)
         if type(default) is int and flag != "--seed":
             small.append(flag[2:].replace("-", "_"))
-        group.add_argument(flag, default=default, help=help + ("" if default is None else " (default: %(default)s)"), **kw)
+        group.add_argument(flag, default=default, help=help, **kw)
 
     g = parser.add_argument_group("run")
     add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
@@ -168,7 +167,7 @@ def parse_flags(argv=None):
     add(g, "--threads", None, "CPU threads (default: all cores)", type=int, metavar="N")
     g.add_argument("--smoke", action="store_true", help="every stage at tiny size, on generated games")
     g = parser.add_argument_group("games")
-    add(g, "--data", None, "folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
+    add(g, "--data", None, "folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
     add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates", choices=("auto", "alfworld", "generated"))
     add(g, "--n-generated", 3553, "generated train games (a quarter as many for each test split)", metavar="N")
     add(g, "--dev-games", 200, "train games held out by task folder, for every choice", metavar="N")

@@ -15,7 +15,7 @@ import pytest
 
 import games
 from env import TASK_TYPES, AlfworldEnv, Game
-from games import DataError, UNSEEN_ROOMS
+from generate import TASKS, UNSEEN_ROOMS, DataError, package, room
 
 ROOT = Path(games.__file__).parent
 SPLITS = ("train", "valid_seen", "valid_unseen")
@@ -96,7 +96,7 @@ def test_task_sentences_are_the_packages_templates():
     seen = set()
     for game in games.generated_split("train", 400, seed=3):
         _, wanted, _, target, _ = game.id.split("/")[0].lower().split("-")
-        templates = games.package().goals[game.task_type]["templates"]
+        templates = package().goals[game.task_type]["templates"]
         matching = [t for t in templates if t.format(obj=wanted, recep=target, toggle=target) + "." == game.task]
         assert len(matching) == 1
         seen.update(matching)
@@ -163,17 +163,17 @@ def published(data_dir):
 
 
 def test_task_counts_are_those_of_the_published_games(published):
-    kinds = {scene: kind for kind, scenes in games.package().constants.SCENE_TYPE.items() for scene in scenes}
+    kinds = {scene: kind for kind, scenes in package().constants.SCENE_TYPE.items() for scene in scenes}
     counts = Counter((game.task_type, kinds[game.scene]) for game in published)
-    assert counts == {(task_type, kind): n for task_type, by_kind in games.TASKS.items() for kind, n in by_kind.items()}
+    assert counts == {(task_type, kind): n for task_type, by_kind in TASKS.items() for kind, n in by_kind.items()}
 
 
 def test_generated_rooms_are_those_of_published_games(published):
     """The same kinds of receptacles (but for a bathtub that one layout lacks), nearly as many of each."""
     total, odd = Counter(), []
     for scene, game in {game.scene: game for game in published}.items():
-        real = Counter(base(name) for i, name in enumerate(game.names) if game.location[i] >= 0)
-        made = Counter(t.lower() for t in games.room(scene).receptacles.values())
+        real = Counter(map(base, game.room.names))
+        made = Counter(t.lower() for t in room(scene).receptacles.values())
         odd += [(scene, kind) for kind in set(real) ^ set(made)]
         total.update(real=real.total(), made=made.total(), common=(real & made).total())
     assert odd == [(420, "bathtubbasin")]
@@ -186,7 +186,7 @@ def test_generated_games_are_like_published_ones(published):
         of_kind = defaultdict(lambda: defaultdict(list))
         for game in chosen:
             here = homes(game)
-            shut = {name for i, name in enumerate(game.names) if game.flags["openable"] >> i & 1}
+            shut = {name for r, name in enumerate(game.room.names) if game.room.openable >> r & 1}
             for name, value in (("objects in sight or hidden", len(here)), ("their kinds", len({base(o) for o, _ in here})),
                                 ("share behind doors", sum(r in shut for _, r in here) / len(here)),
                                 ("walkthrough", len(game.walkthrough))):
@@ -202,10 +202,10 @@ def test_what_fits_where_is_as_in_published_games(published):
     """No pair of types that a published game allows is refused, or the other way round, where both have the types."""
     def pairs(game):
         may, may_not = set(), set()
-        for r, held in zip(game.names[game.n_objects:], game.can_contain):
-            for o in range(game.n_objects):
-                (may if held >> o & 1 else may_not).add((base(r), base(game.names[o])))
-        return may, may_not
+        for r, accepted in zip(game.room.names, game.room.accepts):
+            for o, type_ in enumerate(game.type_of):
+                (may if type_ in accepted else may_not).add((base(r), base(game.names[o])))
+        return may, may_not - may  # two published games have an object without a type, which fits nowhere
     may, may_not, made_may, made_may_not = set(), set(), set(), set()
     for game in published[::10]:
         may |= pairs(game)[0]

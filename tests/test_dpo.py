@@ -1,0 +1,232 @@
+"""Online DPO: its loss against TRL's, the tree of branches against separate sequences, and that it does what the score says."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dpo
+from common import pad, save_model
+from dpo import Tree, dpo_loss, online_dpo, propose
+from rollout import MAX_ACTION, action_logprobs
+from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+from tokenizer import END, PAD
+
+
+def some_branches(seed=0, trunks=4, n=24):
+    """Played trajectories with random actions branching off at random places of theirs: (trunks, branches)."""
+    rng = np.random.default_rng(seed)
+    picked = [played()[i] for i in rng.choice(len(played()), trunks, replace=False)]
+    branches = []
+    for b in sorted(rng.integers(trunks, size=n)):
+        t = picked[b]
+        start = int(t.spans[rng.integers(len(t)), 0])
+        forced = bool(rng.random() < 0.3)
+        length = MAX_ACTION - 1 if forced else rng.integers(0, 6)
+        branches.append((int(b), start, [*rng.integers(6, len(tokenizer()), length).tolist(), END], forced))
+    return [t.ids for t in picked], branches
+
+
+def separate(model, trunks, branches, temperature):
+    """What Tree.logprobs promises, written out: one sequence for every branch."""
+    out = []
+    for b, start, action, forced in branches:
+        ids = torch.tensor([*trunks[b][:start].tolist(), *action])
+        logp = action_logprobs(model.logits(model(ids[None])[0]), temperature)
+        sampled = range(start, len(ids) - forced)  # a forced <end> was not sampled
+        out.append(sum(logp[i - 1, ids[i]] for i in sampled))
+    return torch.stack(out)
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------------
+
+def test_worked_losses():
+    loss, chosen, rejected = dpo_loss(*map(torch.tensor, ([-2.0], [-3.0], [-2.5], [-2.0])), 0.1)
+    assert (chosen.item(), rejected.item()) == (pytest.approx(0.05), pytest.approx(-0.1))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.15)))
+    same = torch.randn(5)
+    assert dpo_loss(same, same - 1, same, same - 1, 0.5)[0].tolist() == pytest.approx([math.log(2)] * 5)  # at the reference: log 2
+    assert dpo_loss(*map(torch.tensor, ([-900.0], [-1.0], [-1.0], [-900.0])), 1.0)[0].item() == pytest.approx(1798)  # no overflow
+
+
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_until_beta_is_met():
+    pi = torch.tensor([-2.0, -2.0], requires_grad=True)
+    dpo_loss(pi[:1], pi[1:], torch.tensor([-2.0]), torch.tensor([-2.0]), 0.2)[0].sum().backward()
+    assert pi.grad.tolist() == pytest.approx([-0.1, 0.1])  # β σ(−margin)
+
+
+def test_the_loss_and_its_gradient_are_trls(monkeypatch, tmp_path):
+    """TRL's DPOTrainer on our saved models and padded pairs, against one tree of branches."""
+    trl, transformers, datasets = (pytest.importorskip(name) for name in ("trl", "transformers", "datasets"))
+    policy, reference = random_model(0), random_model(1)
+    for name, model in (("policy", policy), ("reference", reference)):
+        save_model(tmp_path / name, model, tokenizer())
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "policy")
+    words.pad_token, words.eos_token = "<pad>", "<end>"
+    trainer = trl.DPOTrainer(
+        *(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("policy", "reference")), processing_class=words,
+        args=trl.DPOConfig(output_dir=str(tmp_path), beta=0.1, loss_type="sigmoid", report_to="none", use_cpu=True, bf16=False),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "go", "chosen": " to", "rejected": " on"}]))
+    trunks, branches = some_branches(n=24)
+    branches = [(b, start, action, False) for b, start, action, _ in branches]
+    at = {}
+    for branch in branches:  # the pairs: two branches of the same state
+        at.setdefault(branch[:2], []).append(branch)
+    pairs = [state[:2] for state in at.values() if len(state) > 1]
+    assert len(pairs) > 2
+    rows = [[*trunks[b][:start].tolist(), *action] for k in (0, 1) for b, start, action, _ in (pair[k] for pair in pairs)]
+    starts = [pair[0][1] for pair in pairs] * 2
+    batch = {"input_ids": pad(rows, PAD), "attention_mask": pad([[1] * len(row) for row in rows]),
+             "completion_mask": pad([[0] * start + [1] * (len(row) - start) for row, start in zip(rows, starts)])}
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+
+    monkeypatch.setattr(dpo, "action_logprobs", lambda logits, temperature: logits.log_softmax(-1))  # TRL masks no special tokens
+    tree = Tree(trunks, [branch for pair in pairs for branch in pair])
+    pi, ref = (tree.logprobs(model, 1.0).view(-1, 2) for model in (policy, reference))
+    ours = dpo_loss(pi[:, 0], pi[:, 1], ref.detach()[:, 0], ref.detach()[:, 1], 0.1)[0].mean()
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4) and abs(ours.item() - math.log(2)) > 0.05
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    for name, p in policy.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-4 * float(p.grad.abs().max()), rtol=1e-2)
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", (0.7, 1.0))
+@torch.no_grad()
+def test_the_tree_gives_the_logprobs_of_separate_sequences(seed, temperature):
+    model, (trunks, branches) = random_model(seed), some_branches(seed)
+    assert {forced for *_, forced in branches} == {True, False}
+    ours = Tree(trunks, branches).logprobs(model, temperature)
+    torch.testing.assert_close(ours, separate(model, trunks, branches, temperature), atol=2e-3, rtol=1e-4)
+    shuffled = np.random.default_rng(0).permutation(len(branches))
+    torch.testing.assert_close(Tree(trunks, [branches[i] for i in shuffled]).logprobs(model, temperature), ours[shuffled], atol=2e-3, rtol=1e-4)
+
+
+def test_the_tree_has_the_gradient_of_separate_sequences():
+    model, (trunks, branches) = random_model(), some_branches()
+    gradients = []
+    for logprobs in (Tree(trunks, branches).logprobs(model, 0.7), separate(model, trunks, branches, 0.7)):
+        model.zero_grad()
+        (logprobs * torch.arange(len(branches))).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[1].abs().max()), rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_tree_gives_the_scores_of_separate_sequences():
+    model, (trunks, branches) = random_model(head="score"), some_branches()
+    alone = [model.scores(model(torch.tensor([[*trunks[b][:start].tolist(), *action]])))[0, -1] for b, start, action, _ in branches]
+    torch.testing.assert_close(Tree(trunks, branches).scores(model), torch.stack(alone), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_logprobs_of_what_was_played_are_those_recorded():
+    trajectories = [*played()[:6]]
+    branches = [(b, int(start), t.ids[start:end].tolist(), bool(cut)) for b, t in enumerate(trajectories) for (start, end), cut in zip(t.spans, t.forced)]
+    ours = Tree([t.ids for t in trajectories], branches).logprobs(taught(), 0.7)
+    torch.testing.assert_close(ours, torch.from_numpy(np.concatenate([t.logp for t in trajectories])), atol=1e-3, rtol=0)
+
+
+# --- proposals -------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_greedy_proposals_are_the_most_probable_tokens_after_each_state():
+    trunks = [t.ids for t in played()[:3]]
+    states = [(b, int(played()[b].spans[k, 0])) for b in range(3) for k in (0, 4, 9)]
+    for (b, start), drawn in zip(states, propose(taught(), tokenizer(), trunks, states, 2, 0.0, (0,))):
+        assert drawn[0] == drawn[1]
+        action, forced = drawn[0]
+        ids = torch.tensor([*trunks[b][:start].tolist(), *action])
+        best = action_logprobs(taught().logits(taught()(ids[None])[0]), 1.0).argmax(-1)
+        assert best[start - 1:len(ids) - 1 - forced].tolist() == action[:len(action) - forced]
+
+
+def test_a_proposal_does_not_see_what_comes_after_its_state():
+    """From the whole trajectory, or from what had happened by then, next to others or alone: the same proposals."""
+    t, other = played()[0], played()[7]
+    start = int(t.spans[5, 0])
+    draw = lambda trunks, states: propose(taught(), tokenizer(), trunks, states, 4, 1.0, (1, 2))[0]
+    assert draw([t.ids], [(0, start)]) == draw([t.ids[:start]], [(0, start)]) == draw([t.ids, other.ids], [(0, start), (1, int(other.spans[2, 0]))])
+    assert len({tuple(a) for a, _ in draw([t.ids], [(0, start)])}) > 1
+    other_names = propose(taught(), tokenizer(), [t.ids], [(0, start)], 4, 1.0, (1, 3))[0]
+    assert other_names != draw([t.ids], [(0, start)])
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------------
+
+def fit(tmp_path, score, *, seed=0, pairs=1280, **options):
+    policy, reference = copy.deepcopy(taught()), copy.deepcopy(taught())
+    options = dict(beta=0.1, lr=2e-3, temperature=1.0, trunks=4, states_per_trunk=8) | options
+    log = online_dpo(policy, reference, score, tokenizer(), expert_trajectories(), counts(), pairs=pairs, seed=seed, state=tmp_path / f"{seed}", **options)
+    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), taught().parameters()))  # frozen
+    return policy, log
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def begins_with(words):
+    """A score of branches: 1 if the action begins with these words (one token)."""
+    first, = tokenizer().encode(words)
+    return lambda tree: (tree.ids[tree.row, [int(tree.token_place[tree.token_branch == n].min()) for n in range(len(tree.end))]] == first).float()
+
+
+def share(policy, words):
+    """How often a policy's actions begin so, at states of the expert."""
+    trajectories = expert_trajectories()[:30]
+    states = [(b, int(start)) for b, t in enumerate(trajectories) for start, _ in t.spans[:6]]
+    drawn = propose(policy, tokenizer(), [t.ids for t in trajectories], states, 4, 1.0, (5,))
+    return np.mean([tokenizer().decode(action).startswith(words) for state in drawn for action, _ in state])
+
+
+def test_the_policy_learns_to_say_what_the_score_prefers(tmp_path):
+    policy, log = fit(tmp_path, begins_with("open"))
+    assert share(policy, "open") > 0.3 + share(taught(), "open")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.1) and log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.05
+    assert np.mean([entry["rewards/accuracies"] for entry in log[-5:]]) > 0.6
+    policy, _ = fit(tmp_path, lambda tree: -begins_with("go to")(tree), seed=1, pairs=640)  # and to avoid what it does not
+    assert share(policy, "go to") < 0.5 * share(taught(), "go to")
+
+
+def test_the_seed_names_the_training(tmp_path):
+    runs = [fit(tmp_path / str(i), begins_with("open"), seed=seed, pairs=160) for i, seed in enumerate((1, 1, 2))]
+    assert torch.equal(weights(runs[0][0]), weights(runs[1][0])) and runs[0][1] == runs[1][1]
+    assert not torch.equal(weights(runs[0][0]), weights(runs[2][0]))
+
+
+def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):
+    policy, log = fit(tmp_path, lambda tree: torch.zeros(len(tree.end)), pairs=160)
+    assert torch.equal(weights(policy), weights(taught())) and log[-1]["pairs/kept"] == 0 and log[-1]["pairs/differ"] > 0.1
+    policy, log = fit(tmp_path / "gap", begins_with("go to"), pairs=160, min_gap=1.0)  # a gap of 1 is not more than 1
+    assert torch.equal(weights(policy), weights(taught()))
+    policy, log = fit(tmp_path / "less", begins_with("go to"), pairs=160, min_gap=0.99, temperature=0.3, lr=1e-5)
+    assert not torch.equal(weights(policy), weights(taught()))
+    assert all(0 < entry["pairs/kept"] < entry["pairs/differ"] for entry in log) and min(entry["pairs/differ"] for entry in log) < 1
+
+    # equal text is no pair, however it is spelled in tokens
+    tok = tokenizer()
+    look = [list(tok.encode("look")) + [END], [i for c in "look" for i in tok.encode(c)] + [END]]
+    assert look[0] != look[1]
+    monkeypatch.setattr(dpo, "propose", lambda policy, tok, trunks, states, *_: [[(look[0], False), (look[1], False)] for _ in states])
+    policy, log = fit(tmp_path / "text", lambda tree: pytest.fail("was asked to score"), pairs=160)
+    assert torch.equal(weights(policy), weights(taught())) and log[-1]["pairs/differ"] == 0
+
+
+def test_beta_holds_the_policy_near_its_reference(tmp_path):
+    """At equal steps a large β saturates the loss sooner: the implicit rewards grow, the distance to the reference does not."""
+    moved = {}
+    for beta in (0.05, 5.0):
+        policy, _ = fit(tmp_path / str(beta), begins_with("open"), beta=beta, pairs=640)
+        t = expert_trajectories()[:20]
+        branches = [(b, int(s), x.ids[s:e].tolist(), False) for b, x in enumerate(t) for s, e in x.spans]
+        tree = Tree([x.ids for x in t], branches)
+        with torch.no_grad():
+            moved[beta] = (tree.logprobs(policy, 1.0) - tree.logprobs(taught(), 1.0)).abs().mean().item()
+    assert moved[5.0] < 0.5 * moved[0.05]

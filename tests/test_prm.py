@@ -1,0 +1,192 @@
+"""The PRM: its loss against torch's, one pass over a trajectory against a sequence for every action, and that it learns."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import prm as prm_module
+from prm import batches, bce_loss, epoch_steps, label_entropy, report, score, scores_at_actions, train_prm
+from qestimate import labels_of, q_table
+from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+
+
+def random_labels(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g) * 3, torch.rand(n, generator=g), torch.rand(n, generator=g) + 0.1
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------------
+
+def test_bce_is_torchs_weighted_mean():
+    f, q_hat, weight = random_labels(100)
+    each = F.binary_cross_entropy(f.double().sigmoid(), q_hat.double(), reduction="none")
+    assert float(bce_loss(f, q_hat, weight)) == pytest.approx(float((each * weight).sum() / weight.sum()), rel=1e-5)
+    assert float(bce_loss(f, q_hat, torch.ones(100))) == pytest.approx(float(F.binary_cross_entropy_with_logits(f, q_hat)), rel=1e-6)
+    assert float(bce_loss(f, q_hat, weight)) == pytest.approx(float(bce_loss(f, q_hat, 7 * weight)), rel=1e-5)
+
+
+def test_an_action_seen_k_times_weighs_as_one_seen_once():
+    f, q_hat = torch.tensor([2.0, -1.0]), torch.tensor([0.3, 0.8])
+    once = bce_loss(f, q_hat, torch.ones(2))
+    torch.testing.assert_close(bce_loss(f[[0, 0, 0, 1]], q_hat[[0, 0, 0, 1]], torch.tensor([1, 1, 1, 3]) / 3), once)
+
+
+def test_the_labels_entropy_is_the_least_loss_there_is():
+    f, q_hat, weight = random_labels(100)
+    q_hat[:2] = torch.tensor([0.0, 1.0])
+    entropy = float(label_entropy(q_hat, weight))
+    best = torch.logit(q_hat, eps=1e-7)
+    assert float(bce_loss(best, q_hat, weight)) == pytest.approx(entropy, abs=1e-5)
+    for seed in range(20):
+        assert bce_loss(best + 0.5 * random_labels(100, seed)[0], q_hat, weight) > entropy + 0.01
+    assert label_entropy(torch.tensor([0.0, 1.0]), torch.ones(2)) == 0
+    assert float(label_entropy(torch.full((3,), 0.5), torch.ones(3))) == pytest.approx(np.log(2))
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_one_pass_over_a_batch_scores_as_one_sequence_for_every_action():
+    """The public code encodes prefix and action anew for every action; the score at the <end> of each must be the same."""
+    model, trajectories = random_model(head="score"), [*played()[:6], *expert_trajectories()[:6]]
+    batch = scores_at_actions(model, [t.ids for t in trajectories], [t.spans for t in trajectories])
+    alone = torch.cat([scores_at_actions(model, [t.ids], [t.spans]) for t in trajectories])
+    separate = torch.stack([model.scores(model(torch.as_tensor(t.ids[:end], dtype=torch.long)[None]))[0, -1] for t in trajectories for _, end in t.spans])
+    assert separate.std() > 0.1
+    torch.testing.assert_close(batch, separate, atol=1e-4, rtol=0)
+    torch.testing.assert_close(alone, separate, atol=1e-4, rtol=0)
+    for batch_size in (1, 5, 64):
+        parts = score(model, trajectories, batch_size)
+        assert [len(p) for p in parts] == [len(t) for t in trajectories]
+        np.testing.assert_allclose(np.concatenate(parts), separate, atol=1e-4)
+
+
+def test_a_batch_has_the_gradient_of_its_parts():
+    """Split in two, each half weighing by its labels' weights: the same gradient."""
+    trajectories, model = played()[:8], random_model(head="score")
+    labels = labels_of(trajectories, q_table(trajectories, tokenizer(), 0.95))
+    labels = [(np.random.default_rng(i).random(len(q)).astype(np.float32), w) for i, (q, w) in enumerate(labels)]
+
+    def gradient(parts):
+        model.zero_grad()
+        total = sum(float(w.sum()) for _, w in labels)
+        for part in parts:
+            q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in part])) for k in (0, 1))
+            f = scores_at_actions(model, [trajectories[i].ids for i in part], [trajectories[i].spans for i in part])
+            (bce_loss(f, q_hat, weight) * weight.sum() / total).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradient([range(8)])
+    assert whole.norm() > 0.01
+    for parts in ([range(3), range(3, 8)], [[i] for i in range(8)]):
+        torch.testing.assert_close(gradient(parts), whole, atol=1e-4 * float(whole.abs().max()), rtol=1e-3)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, batch", ((1, 4), (7, 3), (100, 8), (1000, 4), (33, 32), (256, 32), (257, 32)))
+def test_every_epoch_takes_each_trajectory_once(n, batch):
+    lengths = np.random.default_rng(0).integers(10, 300, n)
+    stream, order = batches(lengths, batch, np.random.default_rng(1)), []
+    for _ in range(3):
+        epoch = [next(stream) for _ in range(epoch_steps(n, batch))]
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(n))
+        assert max(map(len, epoch)) <= batch
+        order.append(np.concatenate(epoch).tolist())
+    assert n < 5 or order[0] != order[1]
+
+
+def test_batches_hold_neighbours_in_length():
+    lengths = np.random.default_rng(0).integers(10, 300, 512)
+    stream = batches(lengths, 16, np.random.default_rng(1))
+    padding = [1 - lengths[b].mean() / lengths[b].max() for b in (next(stream) for _ in range(32))]
+    assert np.mean(padding) < 0.15  # about 0.45 for random batches
+
+
+# --- learning ----------------------------------------------------------------------------------------------------------------------
+
+def toy():
+    """Episodes of the expert: the nearer the end, the higher the label."""
+    trajectories = expert_trajectories()
+    return trajectories, labels_of(trajectories, q_table(trajectories, tokenizer(), 0.95))
+
+
+def fit(tmp_path, seed=0, epochs=8, **options):
+    trajectories, labels = toy()
+    model = taught().with_score_head()
+    log = train_prm(model, tokenizer(), trajectories, labels, counts(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
+    return model, log
+
+
+def test_training_drives_the_excess_loss_down_and_orders_the_actions(tmp_path):
+    model, log = fit(tmp_path)
+    assert log[-1]["excess"] < 0.4 * log[0]["excess"]
+    assert all(abs(entry["loss"] - entry["excess"]) < 1 for entry in log)
+    trajectories, labels = toy()
+    table = q_table(trajectories, tokenizer(), 0.95)
+    told = report(model, trajectories, labels, table)
+    assert told["pearson_returns"] > 0.6 and told["excess_bce"] < 0.15 and told["ece"] < 0.1
+    # nearer the win, the higher
+    wins = [f for f, t in zip(score(model, trajectories), trajectories) if t.won and len(t) > 4]
+    assert np.mean([f[-1] > f[0] for f in wins]) > 0.9
+
+
+def test_the_seed_names_the_training(tmp_path):
+    (a, log_a), (b, log_b), (c, _) = (fit(tmp_path / str(i), seed, epochs=1) for i, seed in enumerate((1, 1, 2)))
+    weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (a, b, c)]
+    assert torch.equal(weights[0], weights[1]) and log_a == log_b and not torch.equal(weights[0], weights[2])
+
+
+def test_every_pass_tells_other_numbers(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prm_module, "scores_at_actions", lambda model, ids, spans: seen.append([tuple(i) for i in ids]) or scores_at_actions(model, ids, spans))
+    trajectories, labels = toy()
+    for renumber in (True, False):
+        seen.clear()
+        train_prm(taught().with_score_head(), tokenizer(), trajectories[:4], labels[:4], counts(), epochs=6, lr=1e-3, batch=4, seed=0,
+                  state=tmp_path / f"{renumber}", renumber=renumber)
+        told = Counter(ids for batch in seen for ids in batch)
+        assert len(seen) == 6 and (len(told) == 24 if renumber else len(told) == 4)
+
+
+# --- the report card -----------------------------------------------------------------------------------------------------------------
+
+def test_report_on_a_prm_that_knows_the_labels(monkeypatch):
+    trajectories, labels = toy()
+    table = q_table(trajectories, tokenizer(), 0.95)
+    monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.from_numpy(q), eps=1e-7)) for q, _ in labels])
+    told = report(None, trajectories, labels, table, bins=50)
+    assert told["excess_bce"] == pytest.approx(0, abs=1e-5) and told["pearson_q_hat"] == pytest.approx(1)
+    assert told["ece"] < 0.02 and told["mean_q"] == pytest.approx(told["mean_return"], abs=1e-5)
+    assert told["actions"] == sum(n for *_, n in told["calibration"]) == sum(map(len, trajectories))
+
+
+def test_report_on_a_prm_that_always_says_the_same():
+    """Q = 0.7 everywhere: one bin, and the gap to the mean return is the calibration error."""
+    trajectories, labels = toy()
+    table = q_table(trajectories, tokenizer(), 0.95)
+    model = taught().with_score_head()
+    model.score.bias.data.fill_(float(torch.logit(torch.tensor(0.7))))
+    told, G = report(model, trajectories, labels, table), table["returns"]
+    assert told["calibration"] == [(pytest.approx(0.7), pytest.approx(G.mean()), len(G))]
+    assert told["ece"] == pytest.approx(abs(0.7 - G.mean()), abs=1e-5) and told["mean_q"] == pytest.approx(0.7)
+    assert told["pearson_returns"] is None
+    q, w = (np.concatenate(part) for part in zip(*labels))
+    assert told["bce"] == pytest.approx(-(w * (q * np.log(0.7) + (1 - q) * np.log(0.3))).sum() / w.sum(), rel=1e-4)
+    assert told["bce"] - told["label_entropy"] == pytest.approx(told["excess_bce"])
+
+
+def test_report_by_bins(monkeypatch):
+    """Two bins by hand: Q 0.1 where half is won, Q 0.9 where all is won."""
+    t = copy.copy(played()[0])
+    t.spans = t.spans[:4]
+    table = {"returns": np.array([0.0, 1.0, 1.0, 1.0])}
+    labels = [(np.array([0.5, 0.5, 1, 1], np.float32), np.ones(4, np.float32))]
+    monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.tensor([0.1, 0.1, 0.9, 0.9])))])
+    told = report(None, [t], labels, table)
+    assert told["calibration"] == [(pytest.approx(0.1), 0.5, 2), (pytest.approx(0.9), 1.0, 2)]
+    assert told["ece"] == pytest.approx((0.4 * 2 + 0.1 * 2) / 4)

@@ -1,0 +1,129 @@
+"""Monte Carlo labels against a dictionary that is as slow and plain as the definition."""
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from qestimate import held_out_check, history_keys, labels_of, pearson, q_table, returns, visit_statistics
+from rollout import Trajectory
+from tiny import expert_trajectories, played, tokenizer
+
+GAMMA = 0.95
+
+
+def told(task, *turns, won=False, game="a/1", first="You see a desk 1."):
+    """A trajectory from words: turns are (action, the world's answer); an action given as a tuple of texts is that many encodings."""
+    tok = tokenizer()
+    ids, spans = list(tok.prompt(task, first)), []
+    for action, answer in turns:
+        start = len(ids)
+        ids += [i for part in ([action] if isinstance(action, str) else action) for i in tok.encode(part)] + [5]
+        spans.append((start, len(ids)))
+        ids += tok.turn(answer)
+    n = len(turns)
+    return Trajectory(game, np.array(ids[:spans[-1][1]], np.int32), np.array(spans, np.int32), np.zeros(n, np.float32), np.zeros(n, bool),
+                      np.zeros(n, bool), float(won), won, not won, 0, 0)
+
+
+def random_trajectories(seed, n=200):
+    """Few tasks, actions and answers, so that most histories are shared; every trajectory is of another game."""
+    rng = random.Random(seed)
+    texts = ["go to desk 1", " go to desk 1 ", ("go to", " desk", " 1"), "look", ("l", "ook"), "take pen 1"]
+    return [told(rng.choice(["put a pen.", "put a mug."]),
+                 *((rng.choice(texts), rng.choice(["Nothing happens.", "You arrive at desk 1."])) for _ in range(rng.randrange(1, 5))),
+                 won=rng.random() < 0.5, game=f"task/{i}") for i in range(n)]
+
+
+def by_definition(trajectories, gamma):
+    """{(everything said before, action): [its returns]} and the keys in order of the actions."""
+    tok, table, order = tokenizer(), defaultdict(list), []
+    for t in trajectories:
+        history = ()
+        for k, (start, end) in enumerate(t.spans):
+            seen = t.spans[k - 1, 1] if k else 0
+            history += (tok.decode(t.ids[seen:start]),)
+            action = tok.decode(t.ids[start:end]).strip()
+            table[history, action].append(gamma ** (len(t) - 1 - k) * t.reward)
+            order.append((history, action))
+            history += (action,)
+    return table, order
+
+
+@pytest.mark.parametrize("trajectories", (lambda: random_trajectories(0), lambda: random_trajectories(1), played, expert_trajectories),
+                         ids=("random 0", "random 1", "played", "expert"))
+@pytest.mark.parametrize("gamma", (0.95, 0.5))
+def test_q_hat_is_the_mean_return_of_all_rollouts_through_the_same_history_and_action(trajectories, gamma):
+    trajectories = trajectories()
+    table, order = by_definition(trajectories, gamma)
+    ours = q_table(trajectories, tokenizer(), gamma)
+    np.testing.assert_allclose(ours["q_hat"], [np.mean(table[key]) for key in order])
+    assert ours["count"].tolist() == [len(table[key]) for key in order]
+    assert (ours["count"] > 1).sum() > 10  # histories are shared, by different games too
+    labels = labels_of(trajectories, ours)
+    assert [len(q) for q, _ in labels] == [len(t) for t in trajectories]
+    assert sum(float(w.sum()) for _, w in labels) == pytest.approx(len(table), rel=1e-5)
+    np.testing.assert_allclose(np.concatenate([q for q, _ in labels]), ours["q_hat"], rtol=1e-6)
+    # and the weighted mean of the labels is the mean over distinct (s, a)
+    q, w = (np.concatenate(part) for part in zip(*labels))
+    assert (q * w).sum() / w.sum() == pytest.approx(np.mean([np.mean(g) for g in table.values()]), rel=1e-5)
+
+
+def test_shared_histories_of_different_games():
+    a = told("put a pen.", ("look", "You see nothing."), ("go to desk 1", "Nothing happens."), won=True, game="one/1")
+    b = told("put a pen.", ("look", "You see nothing."), ("go to desk 1", "Nothing happens."), won=False, game="two/2")
+    other_answer = told("put a pen.", ("look", "You see a desk."), ("go to desk 1", "Nothing happens."), won=True)
+    other_task = told("put a mug.", ("look", "You see nothing."), ("go to desk 1", "Nothing happens."), won=True)
+    table = q_table([a, b, other_answer, other_task], tokenizer(), 0.5)
+    assert table["q_hat"].tolist() == pytest.approx([1 / 3, 0.5, 1 / 3, 0.5, 1 / 3, 1, 0.5, 1])
+    assert table["count"].tolist() == [3, 2, 3, 2, 3, 1, 1, 1]
+    assert len(set(table["state"].tolist())) == 5  # two tasks at the start, then three histories
+
+
+def test_the_text_of_a_history_counts_not_its_tokens_nor_the_blanks_around_an_action():
+    tok = tokenizer()
+    same = [told("put a pen.", (action, "Nothing happens."), ("look", "x")) for action in ("go to desk 1", (" ", "go to desk 1"), ("go to", " desk", " 1", "  "))]
+    keys = [history_keys(t, tok) for t in same]
+    assert all((s == keys[0][0]).all() and (p == keys[0][1]).all() for s, p in keys)
+    states, pairs = keys[0]
+    assert len({*states.tolist(), *pairs.tolist()}) == 4  # a state is not a pair
+    assert (history_keys(told("put a pen.", ("go to desk 2", "Nothing happens.")), tok)[1][:1] != pairs[:1]).all()
+
+
+def test_worked_discounts():
+    """A sure win in 10 more actions is worth 0.63, in 30 more 0.23; a loss is worth nothing; the last action of a win is worth 1."""
+    win = told("put a pen.", *[("look", "x")] * 30, won=True)
+    G = returns(win, GAMMA)
+    assert (round(G[20], 2), round(G[0], 2), G[-1]) == (0.63, 0.23, 1.0) and len(G) == 30
+    assert G[5] == pytest.approx(G[6] * GAMMA)  # one wasted action costs 5 %
+    assert not returns(told("put a pen.", *[("look", "x")] * 30), GAMMA).any()
+
+
+def test_visit_statistics():
+    a, b, c = (told("put a pen.", ("look", "x"), (last, "x"), won=won) for last, won in (("look", True), ("look", False), ("take pen 1", True)))
+    stats = visit_statistics(q_table([a, b, c], tokenizer(), 1.0))
+    assert (stats["actions"], stats["distinct_pairs"], stats["distinct_states"]) == (6, 3, 2)
+    assert stats["visits"] == {"1+": 3, "2+": 2, "4+": 0, "8+": 0, "16+": 0, "32+": 0, "64+": 0}
+    # (look): returns 1, 0, 1 about 2/3; (look, look): 1, 0 about 1/2
+    assert stats["label_variance_where_revisited"] == pytest.approx((3 * (2 / 9) + 2 * 0.25) / 5)
+    assert visit_statistics(q_table([a], tokenizer(), 1.0))["label_variance_where_revisited"] is None
+
+
+def test_held_out_check():
+    """Half of the rollouts predict the other half: wholly where the action decides, not at all by chance, not where nothing is shared."""
+    tok, rng = tokenizer(), random.Random(0)
+    acts = ("look", "take pen 1", "go to desk 1")
+    decided = [told("put a pen.", (a, "x"), won=a == "look") for a in (rng.choice(acts) for _ in range(60))]
+    assert held_out_check(decided, tok, GAMMA) == {"pairs": 30, "pearson": pytest.approx(1)}
+    chance = [told("put a pen.", (rng.choice(acts), "x"), won=rng.random() < 0.5) for _ in range(4000)]
+    assert abs(held_out_check(chance, tok, GAMMA)["pearson"]) < 0.1  # its own return is not among those that predict it
+    strangers = [told(f"put a pen {i}.", ("look", "x"), won=i % 3 == 0) for i in range(20)]
+    assert held_out_check(strangers, tok, GAMMA) == {"pairs": 0, "pearson": None}
+    assert held_out_check(strangers[:1], tok, GAMMA) == {"pairs": 0, "pearson": None}
+
+
+def test_pearson():
+    x = np.random.default_rng(0).normal(size=50)
+    assert pearson(x, 3 - 2 * x) == pytest.approx(-1) and pearson(x, x + 1) == pytest.approx(1)
+    assert pearson(x, np.ones(50)) is None and pearson([1.0], [2.0]) is None

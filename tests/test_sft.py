@@ -1,0 +1,99 @@
+"""Supervised fine-tuning: what is taught is what the expert did, every demonstration is named by its number, and it is learned."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from env import AlfworldEnv
+from expert import Expert, demonstrate
+from sft import demonstration_tokens, demonstrations, sft_loss, train_sft, train_tokenizer
+from tiny import games, prior, random_model, tokenizer
+from tokenizer import ACT, END, OBS, TASK
+
+
+def test_the_experts_actions_are_taught_its_mistakes_and_the_prompt_are_not():
+    tok, mistakes = tokenizer(), 0
+    for number, game in enumerate(games()[:20]):
+        rng = np.random.default_rng(number)
+        demo = demonstrate(AlfworldEnv(), game, Expert(prior(), rng), rng, mistakes=0.3)
+        ids, weights = demonstration_tokens(demo, tok, 0.3)
+        prompt = tok.prompt(game.task, demo.observation.split("\n\n")[-2])
+        assert tuple(ids[:len(prompt)]) == prompt and not weights[:len(prompt)].any()
+        place = len(prompt)
+        for k, (action, observation, trained) in enumerate(demo.steps):
+            for piece, weight in ((tok.action(action), float(trained)), (tok.turn(observation), 0.3)):
+                if k < len(demo.steps) - 1 or piece[-1] == END:  # nothing follows the last answer
+                    assert tuple(ids[place:place + len(piece)]) == piece
+                    np.testing.assert_allclose(weights[place:place + len(piece)], weight)
+                    place += len(piece)
+            mistakes += not trained
+        assert place == len(ids) == len(weights)
+        assert ids[0] == TASK and ids[-1] == END and (ids == ACT).sum() == (ids == OBS).sum() == (ids == END).sum() == len(demo.steps)
+    assert mistakes > 20
+
+
+def test_the_loss_is_the_weighted_mean_of_torchs():
+    g = torch.Generator().manual_seed(0)
+    logits, targets, weights = torch.randn(3, 7, 11, generator=g), torch.randint(11, (3, 7), generator=g), torch.rand(3, 7, generator=g)
+    weights[1, 4:] = 0
+    expected = sum(w * F.cross_entropy(l, t) for row in zip(logits, targets, weights) for l, t, w in zip(*row)) / weights.sum()
+    torch.testing.assert_close(sft_loss(logits, targets, weights), expected)
+    logits[1, 4:] = 100 * torch.randn(3, 11)  # what weighs nothing says nothing
+    torch.testing.assert_close(sft_loss(logits, targets, weights), expected)
+
+
+def demos_of(numbers, seed=0, **options):
+    return demonstrations(games(), prior(), tokenizer(), numbers, seed=seed, **dict(mistakes=0.2, obs_weight=0.3, max_steps=30) | options)
+
+
+def test_a_demonstration_is_named_by_its_number():
+    together = demos_of(range(10))
+    for number in (0, 3, 9):
+        (ids, weights), = demos_of([number])
+        assert ids.tolist() == together[number][0].tolist() and weights.tolist() == together[number][1].tolist()
+    assert any(a[0].tolist() != b[0].tolist() for a, b in zip(together, demos_of(range(10), seed=1)))
+
+
+def test_every_game_is_shown_once_before_any_twice():
+    """By the words of task and first observation, numbers taken out."""
+    words = lambda text: "".join(c for c in text if not c.isdigit())
+    shown = lambda ids: words(tokenizer().decode(ids[:np.argmax(ids == ACT)]))
+    of_game = sorted(words(tokenizer().decode(tokenizer().prompt(game.task, AlfworldEnv().reset(game)[0].split("\n\n")[1]))) for game in games())
+    laps = [[shown(ids) for ids, _ in demos_of(range(lap * len(games()), (lap + 1) * len(games())))] for lap in range(2)]
+    assert sorted(laps[0]) == sorted(laps[1]) == of_game and laps[0] != laps[1]
+
+
+def test_the_same_game_is_told_with_other_numbers_each_time():
+    told = [tokenizer().decode(ids[:np.argmax(ids == ACT)]) for ids, _ in demonstrations(
+        games()[:1], prior(), tokenizer(), range(6), seed=0, mistakes=0, obs_weight=0.3, max_steps=30)]
+    assert len(set(told)) == 6 and len({"".join(c for c in text if not c.isdigit()) for text in told}) == 1
+
+
+def test_the_cap_counts():
+    assert all((ids == END).sum() <= 4 for ids, _ in demos_of(range(10), max_steps=4))
+
+
+def test_the_vocabulary_has_every_name_with_every_number_of_the_games():
+    tok = train_tokenizer(games(), prior(), seed=0, sample=3)  # few texts: the names come from the games
+    for game in games():
+        assert all(f" {base} {k}" in tok.tokens for base, n in game.counts.items() for k in range(1, n + 1))
+    assert train_tokenizer(games(), prior(), seed=0, sample=3).tokens == tok.tokens
+
+
+def train(tmp_path, demos, seed=0):
+    policy = random_model(scale=0.1)
+    log = train_sft(policy, tokenizer(), games(), prior(), demos=demos, lr=1e-2, batch=8, seed=seed, state=tmp_path / "state", mistakes=0.1, obs_weight=0.3, max_steps=20)
+    return policy, log
+
+
+def test_actions_are_learned(tmp_path):
+    _, log = train(tmp_path, 400)
+    assert log[-1]["accuracy"] > 0.4 > log[0]["accuracy"] + 0.3 and log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert log[-1]["step"] == 50
+
+
+def test_the_seed_names_the_training(tmp_path):
+    runs = [train(tmp_path / str(i), 48, seed) for i, seed in enumerate((1, 1, 2))]
+    weights = [torch.cat([p.detach().flatten() for p in policy.parameters()]) for policy, _ in runs]
+    assert torch.equal(weights[0], weights[1]) and runs[0][1] == runs[1][1] and not torch.equal(weights[0], weights[2])

@@ -1,0 +1,97 @@
+"""What the tests share: a few generated games, a tokenizer, tiny models and their rollouts; each made once."""
+
+import tempfile
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from env import AlfworldEnv
+from expert import Expert, demonstrate, fit_prior
+from games import generated_split
+from model import Config, Transformer
+from rollout import Trajectory, rollout
+from sft import demonstration_tokens, train_sft, train_tokenizer
+from tokenizer import ACT, END
+
+torch.set_num_threads(1)  # on matrices this small a second thread only costs
+
+
+@lru_cache
+def games():
+    return generated_split("train", 40)
+
+
+@lru_cache
+def prior():
+    return fit_prior(games())
+
+
+@lru_cache
+def tokenizer():
+    return train_tokenizer(games(), prior(), seed=0)
+
+
+def counts():
+    return {game.id: game.counts for game in games()}
+
+
+def random_model(seed=0, head="lm", vocab=None, dim=32, layers=2, heads=4, kv_heads=2, hidden=64, context=1024, scale=0.3):
+    """Large random weights, norms and biases too, so that no mistake hides behind a zero or a one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(Config(vocab or len(tokenizer()), dim, layers, heads, kv_heads, hidden, context, 300.0, 1e-3, head)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale + ("norm" in name))
+    return model
+
+
+@lru_cache
+@torch.enable_grad()  # the first to ask may be a test without
+def taught():
+    """A policy that speaks the language of the game, after some seconds of SFT. Tests must not train it: copy it."""
+    torch.manual_seed(0)
+    policy = Transformer(Config(len(tokenizer()), 32, 2, 4, 2, 64, 1024))
+    with tempfile.TemporaryDirectory() as folder:
+        train_sft(policy, tokenizer(), games(), prior(), demos=1280, lr=1e-2, batch=16, seed=0, state=Path(folder, "state"), mistakes=0.15,
+                  obs_weight=0.3, max_steps=20)
+    return policy
+
+
+def play(policy, episodes, **options):
+    """Trajectories in the order of (game, episode)."""
+    return sorted(rollout(policy, tokenizer(), episodes, **options), key=lambda t: (t.game, t.episode))
+
+
+@lru_cache
+def played():
+    """48 rollouts of `taught`, 4 a game."""
+    return play(taught(), [(game, k) for game in games()[:12] for k in range(4)], temperature=0.7, max_steps=15, seed=1)
+
+
+@lru_cache
+def expert_trajectories():
+    """What a policy would leave that plays as the expert does, mistakes included; most are won."""
+    out, tok, env = [], tokenizer(), AlfworldEnv(20)
+    for game in games():
+        for k in range(3):
+            rng = np.random.default_rng(k)
+            demo = demonstrate(env, game, Expert(prior(), rng), rng, mistakes=0.1, max_steps=20)
+            ids, _ = demonstration_tokens(demo, tok, 0)
+            ends = np.nonzero(ids == END)[0] + 1
+            n = len(ends)
+            out.append(Trajectory(game.id, ids.astype(np.int32), np.stack([np.nonzero(ids == ACT)[0] + 1, ends], 1).astype(np.int32), np.zeros(n, np.float32),
+                                  np.zeros(n, bool), np.zeros(n, bool), float(demo.won), demo.won, not demo.won, 0, k))
+    return out
+
+
+def assert_same(a, b):
+    """Two trajectories are equal, their log-probabilities up to rounding."""
+    for field in fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "logp":
+            np.testing.assert_allclose(x, y, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
