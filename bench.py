@@ -18,6 +18,7 @@ import tempfile
 import tracemalloc
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 
@@ -29,30 +30,30 @@ from env import TASK_TYPES, AlfworldEnv, Game
 from games import find_data, game_files, generate, write_games
 from stock import StockAlfworldEnv
 
-GAMES = 12  # that alfworld's engine plays: two of each task type take half a minute
+PER_TYPE = 2  # games of each task type that alfworld's engine plays; they take half a minute
 
 
 # --- the text world ---------------------------------------------------------------------------------------------------
 
 def bench_env(args):
-    """-> rows. Every step asks for the admissible commands, as alfworld's engine computes them anyway."""
+    """-> rows. Every step and reset asks for the admissible commands, as alfworld's engine computes them anyway."""
     with tempfile.TemporaryDirectory() as made:
         files = train_files(args.data, made)
-        chosen = [path for task_type in TASK_TYPES for path in [p for p in files if p.parent.parent.name.startswith(task_type)][::-7][:GAMES // 6]]
+        by_type = [[path for path in files if path.parent.parent.name.startswith(task_type)] for task_type in TASK_TYPES]
+        chosen = [group[i * len(group) // PER_TYPE] for group in by_type if group for i in range(PER_TYPE)]
         games = [Game.load(path) for path in chosen]
-        stock = dict(zip(("load", "reset", "step"), stock_times(games)))
-        each = partial(row, other_name="alfworld")
-        yield each("env.step", "us", cold_step(games), stock["step"])
-        yield each("env.step_warm", "us", warm_step(games), stock["step"])
-        yield each("env.reset", "us", median(lambda: [reset(game) for game in games]) / len(games), stock["reset"])
-        yield each("env.load", "us", median(lambda: [Game.load(path) for path in chosen]) / len(games), stock["load"])
-        yield each("env.memory_per_game", "KB", memory(Game.load, files[::10]) / 1e3, memory(stock_loaded, chosen[:3]) / 1e3)
-        ours, other = load_all(files)
-        yield row("env.load_all", "s", ours, other, f"json.load, {len(files):,} files")
-        read = "import json, sys; from pathlib import Path; from gamefile import Game; kept = [{} for path in sys.stdin.read().split('\\n')]"
+        load, start, step = stock_times(games)
+        against_stock = partial(row, other_name="alfworld")
+        yield against_stock("env.step", "us", cold_step(games), step)
+        yield against_stock("env.step_warm", "us", warm_step(games), step)
+        yield against_stock("env.reset", "us", median(lambda: [reset(AlfworldEnv(), game) for game in games]) / len(games), start)
+        yield against_stock("env.load", "us", median(lambda: [Game.load(path) for path in chosen]) / len(games), load)
+        yield against_stock("env.memory_per_game", "KB", memory(Game.load, files[::10]) / 1e3, memory(stock_loaded, chosen[:3]) / 1e3)
+        yield row("env.load_all", "s", *load_all(files), f"json.load of all {len(files):,} files")
         if Path("/proc/self/status").exists():
-            yield row("env.load_all_peak", "MB", peak(read.format("Game.load(path)"), files), peak(read.format("json.loads(Path(path).read_bytes())"), files),
-                      "keeping the decoded JSON")
+            keep = "import json, sys; from pathlib import Path; from gamefile import Game; kept = [{} for path in sys.stdin.read().splitlines()]"
+            ours, other = (peak(keep.format(what), files) for what in ("Game.load(path)", "json.loads(Path(path).read_bytes())"))
+            yield row("env.load_all_peak", "MB", ours, other, "a process that keeps the decoded JSON")
 
 
 def train_files(data, made):
@@ -64,7 +65,7 @@ def train_files(data, made):
     return game_files(folder, "train")
 
 
-def reset(game, world=AlfworldEnv()):
+def reset(world, game):
     return world.reset(game)[1]["admissible_commands"]
 
 
@@ -74,26 +75,24 @@ def walk(world, game):
 
 
 def cold_step(games):
-    """Seconds a step where nothing is remembered of earlier episodes."""
-    def time():
+    """Seconds a step, reset included, of episodes in one game after the other, with nothing remembered of earlier ones."""
+    def play_each():
         env.commands.cache_clear(), env.describe.cache_clear()
-        world, spent = AlfworldEnv(), 0
+        world = AlfworldEnv()
         for game in games:
-            world.reset(game)
-            start = process_time()
+            reset(world, game)
             walk(world, game)
-            spent += process_time() - start
-        return spent
-    return statistics.median(time() for _ in range(100)) / sum(len(game.walkthrough) for game in games)
+    return median(play_each, 100) / sum(len(game.walkthrough) for game in games)
 
 
 def warm_step(games):
-    """Seconds a step of the same episode again and again, reset included."""
-    def again(game, world=AlfworldEnv()):
+    """Seconds a step, reset included, of the same episode again and again."""
+    world = AlfworldEnv()
+    def again(game):
         for _ in range(100):
-            reset(game, world)
+            reset(world, game)
             walk(world, game)
-    return sum(median(lambda: again(game)) / 100 for game in games) / sum(len(game.walkthrough) for game in games)
+    return sum(median(partial(again, game)) / 100 for game in games) / sum(len(game.walkthrough) for game in games)
 
 
 def stock_times(games):
@@ -177,8 +176,8 @@ def machine():
     except (OSError, StopIteration):
         cpu = platform.processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("alfworld", "textworld", "torch"))
-    return f"{cpu}, {cores} cores, Python {platform.python_version()}, {packages}"
+    packages = "".join(f", {name} {version(name)}" for name in ("alfworld", "textworld", "torch") if find_spec(name))
+    return f"{cpu}, {cores} cores, Python {platform.python_version()}{packages}"
 
 
 BENCHES = {"env": bench_env}

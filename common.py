@@ -48,7 +48,7 @@ def command_line(main):
     """Run a command's `main`, with mistakes of the user as one line and exit code 2, and Ctrl-C as one line."""
     try:
         main()
-    except (UserError, ValueError, FileNotFoundError) as error:
+    except (UserError, ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         raise SystemExit(_fail(f"error: {error}")) from None
@@ -62,8 +62,11 @@ def _fail(text, code=2):
 
 
 def set_up_torch(threads=None):
-    """Threads once, and glibc kept from returning every tensor over 32 MB to the system only to fault its pages in again."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    """Threads once, and glibc kept from returning every tensor over 32 MB to the system only to fault its pages in again.
+
+    threads: all cores, unless this or $OMP_NUM_THREADS says.
+    """
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never serve a large block by mmap
@@ -101,13 +104,16 @@ def pick_device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def read_model(folder, device="cpu"):
-    """A folder written by `save_model` -> (model, tokenizer). UserError where there is none."""
+def read_model(folder, device="cpu", head="lm"):
+    """A folder written by `save_model` -> (model, tokenizer); head "lm": a policy, "score": a PRM. UserError where there is none."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).exists():
             raise UserError(f"{folder}: no model there ({name} is missing)")
-    return Transformer.load(folder, device).eval(), Tokenizer.load(folder)
+    model = Transformer.load(folder, device).eval()
+    if model.config.head != head:
+        raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
+    return model, Tokenizer.load(folder)
 
 
 def save_model(folder, model, tokenizer):

@@ -9,7 +9,7 @@ share one PDDL domain and one text grammar, so the whole engine is written out b
     observation, info = env.reset(Game.load("json_2.1.1/train/.../game.tw-pddl"))
     observation, reward, terminated, truncated, info = env.step("go to desk 1")
 
-gamefile.py says how things are numbered. Sets of objects or of receptacles are integers: bit i stands for number i.
+gamefile.py says what is in a game and how it is numbered. Sets are integers: bit i stands for number i.
 """
 
 from functools import lru_cache

@@ -9,6 +9,7 @@
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from common import Parser, UserError, command_line, generator, pick_device, read
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import games_for, split_dev, write_games
+from generate import generate
 from rollout import rollout
 from search import best_of_n
 from stock import StockAlfworldEnv, alfworld_version
@@ -117,8 +119,12 @@ def main():
         raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
     if args.best_of > 1 and not args.prm:
         raise UserError("--best-of needs --prm DIR")
+    if args.best_of > 1 and args.admissible:
+        raise UserError("--admissible is for plain sampling, not for --best-of")
     if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, args.slots) < 1 or args.temperature < 0 or args.seed < 0:
         raise UserError("--best-of, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, --temperature and --seed at least 0")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
     set_up_torch()
     games, source = games_for(args.games, args.data, args.split, args.n_generated)
     make_env, folder = AlfworldEnv, None
@@ -126,14 +132,20 @@ def main():
         make_env, args.slots = StockAlfworldEnv, min(args.slots, 8)
         if games[0].path is None:  # alfworld's engine reads files
             folder = tempfile.TemporaryDirectory()
-            write_games(games, folder.name, args.split)
+            split = "train" if args.split == "dev" else args.split
+            write_games(generate(split, args.n_generated), folder.name, split)
             games, _ = games_for("alfworld", folder.name, args.split)
     start = time.monotonic()
     common = dict(episodes_per_game=args.episodes_per_game, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        choose = best_of_n(read_model(args.prm, device)[0], args.best_of) if args.best_of > 1 else None
+        choose = None
+        if args.best_of > 1:
+            prm, words = read_model(args.prm, device, "score")
+            if words.tokens != tokenizer.tokens:
+                raise UserError(f"{args.prm} has another vocabulary than {args.policy}")
+            choose = best_of_n(prm, args.best_of)
         result = evaluate_policy(policy, tokenizer, games, temperature=args.temperature, slots=args.slots, choose=choose,
                                  admissible=args.admissible, **common)
     else:

@@ -55,10 +55,13 @@ class Game:
     in it; `n_objects` is how many are objects; `counts` says how many things share a base name: {"mug": 2}.
     """
 
-    __slots__ = ("id", "path", "task", "task_type", "scene", "walkthrough", "names", "index", "n_objects", "counts", "room",
-                 "type_of", "pickupable", "toggleable", "sliceable", "treatable", "blades", "vessels", "inner",
-                 "start_contents", "start_at", "start_cool",
-                 "goal_objects", "goal_receptacles", "lamps", "goal_state", "goal_is_two")
+    __slots__ = ("id", "path", "task", "task_type", "scene", "walkthrough", "names", "index", "n_objects", "counts",
+                 "room",  # a Room: the receptacles
+                 "type_of", "pickupable", "toggleable", "sliceable", "blades", "vessels",  # the objects: a tuple of types, and sets
+                 "treatable",  # {"clean": set of objects, "heat": …, "cool": …}
+                 "inner",  # object -> set of the objects within it
+                 "start_contents", "start_at", "start_cool",  # sets of objects, by receptacle and by place, and one set
+                 "goal_objects", "goal_receptacles", "lamps", "goal_state", "goal_is_two")  # see AlfworldEnv._is_won
 
     @classmethod
     def load(cls, path):
@@ -98,9 +101,11 @@ class Game:
 
     def _build(self, init, clean_at):
         """Number all things, and turn the facts about them into sets of numbers."""
-        # the facts of canContain stand together and are the same in all games of a room: Room parses them
+        # the facts of canContain stand together, and are the same in all games of a room
         first, last = max(init.find("(cancontain"), 0), init.rfind("(cancontain")
         last = init.find(")", last) + 1 if last >= 0 else 0
+        containable = init[first:last]
+        _accepted(containable)  # raises what is wrong with it; Room makes use of it
         facts = _facts(init[:first] + init[last:])
         object_type, receptacle_type = _one_each(facts, "(objecttype"), _one_each(facts, "(receptacletype")
         if not object_type or not receptacle_type:
@@ -110,7 +115,7 @@ class Game:
         objects, receptacles = sorted(object_type), sorted(receptacle_type)
 
         counts, name = {}, {}
-        for x in sorted(objects + receptacles, reverse=True):  # so the n things of a base name are, in id order, "mug n", …, "mug 1"
+        for x in sorted(objects + receptacles, reverse=True):  # so that in id order they are "mug n", …, "mug 1"
             base = x.partition("_bar_")[0]
             if "basin" in x:
                 base += "basin"
@@ -127,7 +132,7 @@ class Game:
             openable |= 1 << number[x]
         location = _one_each(facts, "(receptacleatlocation")
         self.room = room = _room(self.names[len(objects):], tuple([receptacle_type[x] for x in receptacles]),
-                                 tuple([location[x] for x in receptacles]), openable, clean_at, init[first:last])
+                                 tuple([location[x] for x in receptacles]), openable, clean_at, containable)
         if [x in room.place for x in facts["(atlocation"][1]] != [False]:
             raise GameError("it does not start in the middle of the room")
 
@@ -145,13 +150,13 @@ class Game:
         contents, at = [0] * len(receptacles), [0] * len(room.receptacles_at)
         for x, receptacle in zip(*facts["(inreceptacle"]):
             contents[number[receptacle]] |= bit[x]
-        for x, location in zip(*facts["(objectatlocation"]):
-            if location in room.place:  # elsewhere no agent gets
-                at[room.place[location]] |= bit[x]
+        for x, spot in zip(*facts["(objectatlocation"]):
+            if spot in room.place:  # elsewhere no agent gets
+                at[room.place[spot]] |= bit[x]
         self.start_contents, self.start_at = tuple(contents), tuple(at)
 
     def _aim(self, goal):
-        """What it takes to win: see AlfworldEnv._is_won."""
+        """What it takes to win."""
         self.task_type, object_type, other_type = _goal(goal)
         treatment = self.task_type.split("_")[1]
         self.goal_objects = self._of_type(object_type) & self.treatable.get(treatment, -1)
@@ -182,19 +187,15 @@ class Room:
         self.names, self.types, self.openable = names, types, openable
         self.place = {}  # location id -> place, numbered as they come
         self.place_of = tuple([self.place.setdefault(location, len(self.place)) for location in locations])
-        everywhere = [*range(len(self.place)), -1]  # in a tuple with one entry more than there are places, the last one is also number -1
+        everywhere = [*range(len(self.place)), -1]  # the entry behind those of the places is also number -1
         self.receptacles_at = tuple([tuple([r for r, p in enumerate(self.place_of) if p == place]) for place in everywhere])
-        examine, go_to = [["examine " + name for name in names], ["go to " + name for name in names]]
-        self.commands_at = tuple([sorted(["help", "inventory", "look", *[(examine if p == place else go_to)[r] for r, p in enumerate(self.place_of)]])
-                                  for place in everywhere])
+        examine, go_to = ["examine " + name for name in names], ["go to " + name for name in names]
+        self.commands_at = tuple([sorted(["help", "inventory", "look"] + [(examine if p == place else go_to)[r] for r, p in enumerate(self.place_of)])
+                                  for place in everywhere])  # those that depend on the place alone
         treats = {"microwavetype": "heat", "fridgetype": "cool", **dict.fromkeys(clean_at, "clean")}
         self.treats = tuple([treats.get(type_) for type_ in types])  # "heat", "cool", "clean" or None
-        facts, accepts = _facts(containable), {}
-        for receptacle_type, object_type in zip(*facts.pop("(cancontain")):
-            accepts.setdefault(receptacle_type, set()).add(object_type)
-        if any(columns[0] for columns in facts.values()):
-            raise GameError("other facts stand between those of canContain")
-        self.accepts = tuple([accepts.get(type_, ()) for type_ in types])  # the types of object that can be put there
+        accepted = _accepted(containable)
+        self.accepts = tuple([accepted.get(type_, ()) for type_ in types])  # the types of object that can be put there
         self.listing = join_list(["a " + name for name in names])
 
 
@@ -275,6 +276,17 @@ def _facts(text):
             column += words[start + i:end:step]
         start = end
     return facts
+
+
+@lru_cache(maxsize=1024)
+def _accepted(text):
+    """"(cancontain desktype mugtype) …" -> {"desktype": {"mugtype"}}."""
+    facts, accepted = _facts(text), {}
+    for receptacle_type, object_type in zip(*facts.pop("(cancontain")):
+        accepted.setdefault(receptacle_type, set()).add(object_type)
+    if any(columns[0] for columns in facts.values()):
+        raise GameError("other facts stand between those of canContain")
+    return accepted
 
 
 def _one_each(facts, predicate):

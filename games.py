@@ -104,6 +104,8 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     if on_disk == "train" and any(game.scene in UNSEEN_ROOMS for game in chosen):
         raise DataError(f"{folder}/train has games in rooms {UNSEEN_ROOMS}, which are for valid_unseen only")
     chosen = split_dev(chosen)[1] if split == "dev" else chosen
+    if not chosen:
+        raise DataError(f"no games of {split}: there are too few")
     why = " (no ALFWorld data found)" * (games == "auto")
     source = (f"{len(chosen):,} games of {split} from {folder}" if folder else
               f"{len(chosen):,} generated games of {split}, seed {seed}, alfworld {version('alfworld')}{why}")

@@ -86,6 +86,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
                 game, episode = waiting.popleft()
                 intro, info = envs[i].reset(game)
                 ids = list(tokenizer.prompt(*split_intro(intro)))
+                if len(ids) + MAX_ACTION > policy.config.max_len:
+                    raise ValueError(f"{game.id}: the first observation ({len(ids)} tokens) does not fit a context of {policy.config.max_len}")
                 rows[i] = Row(envs[i], game, episode, key(game.id), ids, (ACT,), info=info)
                 started.append(i)
         encode_prompts(policy, cache, [(i, rows[i].game.id, rows[i].ids[:-1]) for i in started], prompts)

@@ -105,6 +105,8 @@ def load_games(args, run):
     """-> .train, .dev (held out of train by task folder), .test {split: games}, .counts {game id: {base name: n}}."""
     everything, source = games_for(args.games, args.data, "train", args.n_generated)
     train, dev = split_dev(everything, args.dev_games)
+    if not dev:
+        raise UserError(f"{len(everything)} train games are too few to hold some out as dev (--n-generated, --dev-games)")
     generated = everything[0].path is None
     test, sources = {}, {"train": source}
     for split in args.test_splits:

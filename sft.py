@@ -7,13 +7,19 @@ Demonstrations are cheap here (a fast world, a fast expert), so every one is fre
 is told with its instance numbers permuted, because copying "the number that was seen" is what a small model finds hardest.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import generator, optimise, pad
+from common import Parser, UserError, command_line, generator, optimise, pad, read_json, save_model, set_up_torch, write_json
 from env import AlfworldEnv
-from expert import Expert, demonstrate
+from eval import evaluate_policy
+from expert import Expert, demonstrate, fit_prior
+from games import games_for, split_dev
+from model import Config, Transformer
 from tokenizer import PAD, Tokenizer, split_intro
 
 
@@ -72,6 +78,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
     """Train on `demos` fresh demonstrations, each seen once. -> log"""
     steps = max(1, demos // batch)
     device = policy.cos.device
+    longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     made = {}  # the pool of batches in use: sorted by length, so that a batch holds little padding
 
     def loss_of(step):
@@ -81,6 +88,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
             last = min(first + pool, steps)
             episodes = demonstrations(games, prior, tokenizer, range(first * batch, last * batch), seed=seed, mistakes=mistakes,
                                       obs_weight=obs_weight, max_steps=max_steps)
+            episodes = [(ids[:longest], weights[:longest]) for ids, weights in episodes]
             episodes.sort(key=lambda e: len(e[0]))
             order = generator(seed, "sft order", first).permutation(last - first)
             made = {first + i: episodes[j * batch:(j + 1) * batch] for i, j in enumerate(order)}
@@ -93,3 +101,58 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
         return loss, {"loss": loss.detach(), "accuracy": right}
 
     return optimise(policy, loss_of, steps, lr, state, name)
+
+
+# --- command line ------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--demos", type=int, default=24000, help="demonstrations, each seen once")
+    parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
+    parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
+    parser.add_argument("--data", help="folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
+    parser.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
+    parser.add_argument("--split", default="dev", help="where success is measured; dev is held out of train")
+    parser.add_argument("--episodes-per-game", type=int, default=2, help="episodes a game")
+    parser.add_argument("--temperature", type=float, default=0.3, help="sampling temperature of the evaluation")
+    parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
+    parser.add_argument("--lr", type=float, default=6e-3, help="learning rate")
+    parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
+    parser.add_argument("--mistakes", type=float, default=0.15, help="chance of a mistake at a step, shown but not taught")
+    parser.add_argument("--obs-weight", type=float, default=0.3, help="weight of observation tokens in the loss")
+    parser.add_argument("--seed", type=int, default=0, help="names all randomness")
+    args = parser.parse_args()
+    try:
+        curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
+    except ValueError:
+        raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
+    if min(curve) < args.batch or args.batch < 1 or args.episodes_per_game < 1 or args.max_steps < 1:
+        raise UserError("--demos must be at least --batch, and --batch, --episodes-per-game and --max-steps at least 1")
+    set_up_torch()
+    train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
+    test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)
+    prior, rows = fit_prior(train), []
+    tokenizer = train_tokenizer(train, prior, args.seed)
+    for demos in curve:
+        folder = Path(args.out, f"{demos}")
+        if not (folder / "eval.json").exists():
+            torch.manual_seed(args.seed)
+            policy = Transformer(Config(len(tokenizer)))
+            train_sft(policy, tokenizer, train, prior, demos=demos, lr=args.lr, batch=args.batch, seed=args.seed, mistakes=args.mistakes,
+                      obs_weight=args.obs_weight, max_steps=args.max_steps, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+            save_model(folder / "policy", policy, tokenizer)
+            result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
+                                     max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")
+            write_json(folder / "eval.json", {"demos": demos, "split": args.split, "data": source, **result})
+            (folder / "state.safetensors").unlink()
+        rows.append(read_json(folder / "eval.json"))
+    write_json(Path(args.out, "curve.json"), [{k: r[k] for k in ("demos", "split", "success", "mean_actions", "inadmissible")} for r in rows])
+    print(f"{source}, cap {args.max_steps}, temperature {args.temperature}, {args.episodes_per_game} episodes a game")
+    print(f"{'demonstrations':>14}{'success':>10}{'actions':>10}{'inadmissible':>14}")
+    for r in rows:
+        print(f"{r['demos']:14,}{r['success']:10.1%}{r['mean_actions']:10.2f}{r['inadmissible']:14.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

@@ -17,10 +17,12 @@ class StockAlfworldEnv:
     """alfworld's engine; the game must come from a file (`games.py --out` writes generated ones)."""
 
     def __init__(self, max_steps=50):
-        # imported here because it takes seconds and only the referee needs it
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from textworld import EnvInfos
-        from textworld.envs.pddl import PddlEnv
+        try:  # here, because it takes seconds and only the referee needs it
+            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+            from textworld import EnvInfos
+            from textworld.envs.pddl import PddlEnv
+        except ImportError as error:
+            raise ValueError(f"alfworld's engine is not installed ({error}): pip install alfworld==0.4.2") from None
         self.max_steps, self.moment = max_steps, 0
         self.engine = AlfredDemangler(PddlEnv(EnvInfos(admissible_commands=True, won=True)), shuffle=False)
         self.loaded = None

@@ -67,15 +67,15 @@ class Tokenizer:
     def renumber(self, ids, counts, rng):
         """Another telling of the same episode: other instance numbers, consistently.
 
-        ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The n instances of a name get n distinct
-        numbers out of all that the vocabulary has for it, so that the right one is only to be had by looking what was seen:
-        a lone desklamp is "desklamp 2" half of the time. A name with instances outside the vocabulary keeps its numbers.
+        ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The n instances of a name have their numbers
+        1 … n permuted, so that the right one is only to be had by looking what was seen. A name with instances outside the
+        vocabulary keeps its numbers.
         """
         table = np.arange(len(self))
         for base, n in sorted(counts.items()):
             known = self.instances(base)
-            if 1 < len(known) >= n:
-                table[known] = rng.permutation(known)
+            if 1 < n <= len(known):
+                table[known[:n]] = rng.permutation(known[:n])
         return table[ids]
 
     def save(self, folder):

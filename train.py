@@ -100,7 +100,7 @@ def process_reward_model(args, run, games, i, trajectories):
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         folders = sorted({t.game.split("/")[0] for t in trajectories})
-        chosen = generator(args.seed, "held out", i).permutation(len(folders))[:max(1, round(args.held_out * len(folders)))]
+        chosen = generator(args.seed, "held out", i).permutation(len(folders))[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))]
         held = {folders[f] for f in chosen}
         fit, test = ([t for t in trajectories if (t.game.split("/")[0] in held) == out] for out in (False, True))
         table, test_table = q_table(fit, tokenizer, args.gamma), q_table(test, tokenizer, args.gamma)
@@ -119,7 +119,7 @@ def improve(args, run, games, i, trajectories):
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
-        prm, _ = read_model(run.path / f"iter{i}/prm", run.device)
+        prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
         log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap, name=f"DPO {i}")
@@ -152,7 +152,7 @@ def parse_flags(argv=None):
     def add(group, flag, default, help, **kw):
         if type(default) in (int, float) and "type" not in kw:
             kw["type"] = type(default)
-        if type(default) is int and flag != "--seed":
+        if kw.get("type", type(default)) is int and flag != "--seed":
             small.append(flag[2:].replace("-", "_"))
         group.add_argument(flag, default=default, help=help, **kw)
 
@@ -181,10 +181,10 @@ def parse_flags(argv=None):
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap")
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add(g, "--init", None, "start from this policy instead", metavar="DIR")
-    add(g, "--demos", 16000, "demonstrations, each seen once")
+    add(g, "--demos", 24000, "demonstrations, each seen once")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
-    add(g, "--sft-lr", 5e-3, "learning rate")
+    add(g, "--sft-lr", 6e-3, "learning rate")
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
     add(g, "--rollout-temperature", 0.3, "sampling temperature of rollouts")
@@ -192,8 +192,8 @@ def parse_flags(argv=None):
     add(g, "--shard", 1000, "episodes a shard, the unit of resuming")
     add(g, "--gamma", 0.95, "discount")
     g = parser.add_argument_group("stage 2: PRM")
-    add(g, "--prm-lr", 1e-3, "learning rate")
-    add(g, "--prm-epochs", 2.0, "passes over the labels")
+    add(g, "--prm-lr", 2e-3, "learning rate")
+    add(g, "--prm-epochs", 4.0, "passes over the labels")
     add(g, "--prm-batch", 32, "trajectories an update")
     add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
     g = parser.add_argument_group("stage 3: online DPO")
@@ -213,15 +213,19 @@ def parse_flags(argv=None):
         parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)
     for name in small:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("min_gap", 0, 1)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
-    if args.demos < args.sft_batch or args.rollouts < 2:
-        raise UserError("--demos must be at least --sft-batch, and --rollouts at least 2")
+    if args.demos < args.sft_batch:
+        raise UserError(f"--demos {args.demos}: must be at least --sft-batch {args.sft_batch}")
+    if args.rollouts <= args.rollouts_per_game:
+        raise UserError(f"--rollouts {args.rollouts}: must be more than --rollouts-per-game {args.rollouts_per_game}, some games are held out of the labels")
+    if args.context < 256:
+        raise UserError(f"--context {args.context}: must be at least 256, to hold a first observation")
     return args
 
 

@@ -152,7 +152,7 @@ def test_saving_and_reading_keeps_every_bit(head, tmp_path):
     model, ids = random_model(head=head), random_ids(2, 20)
     for _ in range(2):  # over itself, too
         save_model(tmp_path / "model", model, tokenizer())
-    read, words = read_model(tmp_path / "model")
+    read, words = read_model(tmp_path / "model", head=head)
     assert torch.equal(read(ids), model(ids)) and read.config == model.config and words.tokens == tokenizer().tokens
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
     assert sorted(f.name for f in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]

@@ -138,7 +138,8 @@ def written(games, folder, split):
 
 def spread(paths, n, seed):
     """n of the paths of game files, in turn one of each task type."""
-    by_type = [[p for p in sorted(paths) if p.parent.parent.name.startswith(task_type)] for task_type in TASK_TYPES]
+    paths = sorted(paths)
+    by_type = [[p for p in paths if p.parent.parent.name.startswith(task_type)] for task_type in TASK_TYPES]
     for group in by_type:
         random.Random(seed).shuffle(group)
     in_turn = [group[i] for i in range(max(map(len, by_type))) for group in by_type if i < len(group)]
@@ -366,7 +367,8 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes")
     args = parser.parse_args()
     folder = find_data(args.data)
-    published = spread(folder.glob("*/*/*/game.tw-pddl"), args.episodes - args.generated - args.odd, args.seed) if folder else []
+    n = max(0, args.episodes - args.generated - args.odd)
+    published = spread(folder.glob("*/*/*/game.tw-pddl"), n, args.seed) if folder else []
     with tempfile.TemporaryDirectory() as made, ProcessPoolExecutor(args.workers) as pool:
         n = args.episodes - len(published) - args.odd
         generated = spread(written(list(generate("train", 4 * n, args.seed)), made, "train"), n, args.seed)
@@ -375,7 +377,8 @@ def main():
         results = list(tqdm(pool.map(outcome, jobs), "episodes", len(jobs), unit="episode"))
     differences = [difference for _, _, difference in results if difference]
     types = {t: sum(path.parent.parent.name.startswith(t) for path, _, _ in results) for t in TASK_TYPES}
-    print(*differences, sep="\n")
+    for difference in differences:
+        print(difference)
     print(f"{len(published)} published, {len(generated)} generated and {len(odd)} odd games ({', '.join(f'{n} {t}' for t, n in types.items())}), "
           f"{sum(steps for _, steps, _ in results):,} steps: {len(differences) or 'no'} differences from alfworld {alfworld_version()}")
     return bool(differences)

@@ -168,6 +168,11 @@ def test_an_episode_that_outgrows_the_context_is_cut_as_by_the_step_cap(context)
     assert cut
 
 
+def test_a_context_too_small_for_the_first_observation_is_told():
+    with pytest.raises(ValueError, match="does not fit a context of 60"):
+        play(random_model(context=60), some())
+
+
 # --- only admissible commands ----------------------------------------------------------------------------------------------------
 
 def test_admissible_plays_only_what_the_world_accepts():

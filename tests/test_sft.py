@@ -93,6 +93,13 @@ def test_actions_are_learned(tmp_path):
     assert log[-1]["step"] == 50
 
 
+def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
+    policy = random_model(context=150)
+    assert max(len(ids) for ids, _ in demos_of(range(16))) > 151
+    log = train_sft(policy, tokenizer(), games(), prior(), demos=16, lr=1e-3, batch=8, seed=0, state=tmp_path / "state", mistakes=0.2, obs_weight=0.3, max_steps=30)
+    assert log[-1]["step"] == 2
+
+
 def test_the_seed_names_the_training(tmp_path):
     runs = [train(tmp_path / str(i), 48, seed) for i, seed in enumerate((1, 1, 2))]
     weights = [torch.cat([p.detach().flatten() for p in policy.parameters()]) for policy, _ in runs]

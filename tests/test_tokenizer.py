@@ -104,7 +104,7 @@ def test_renumbering_tells_the_same_episode_with_its_numbers_permuted():
 
 
 def test_renumbering_is_a_permutation_of_numbers_only():
-    """Within a name, over all numbers that the vocabulary has for it; everything else stays."""
+    """Within the instances of a name in the game; everything else stays."""
     tok, tables, counts = tokenizer(), set(), games()[0].counts
     for seed in range(10):
         table = tok.renumber(np.arange(len(tok)), counts, np.random.default_rng(seed))

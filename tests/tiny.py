@@ -1,13 +1,18 @@
 """What the tests share: a few generated games, a tokenizer, tiny models and their rollouts; each made once."""
 
+import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from common import command_line
 from env import AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import generated_split
@@ -15,6 +20,8 @@ from model import Config, Transformer
 from rollout import Trajectory, rollout
 from sft import demonstration_tokens, train_sft, train_tokenizer
 from tokenizer import ACT, END
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # on matrices this small a second thread only costs
 
@@ -95,3 +102,29 @@ def assert_same(a, b):
             np.testing.assert_allclose(x, y, atol=1e-4)
         else:
             np.testing.assert_array_equal(x, y, err_msg=field.name)
+
+
+def command(*words):
+    """Run a command of the project. -> CompletedProcess with its texts"""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=300)
+
+
+def assert_refused(run, *parts):
+    """Exit code 2, and one line on stderr behind those on games; `run` as from `command`."""
+    lines = [line for line in run.stderr.splitlines() if not line.startswith(("games: ", "estimate "))]
+    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def in_process(main, words, monkeypatch, capsys):
+    """The same as `command` for a main, within this process: seconds less for each."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    capsys.readouterr()
+    try:
+        command_line(main)
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))

@@ -1,0 +1,174 @@
+"""Evaluation: its sums by hand, its JSON contract, and the real command line with every agent."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import save_model
+from eval import main as eval_main
+from eval import evaluate_policy, evaluate_scripted, paired_bootstrap, summarise, table
+from search import best_of_n
+from tiny import assert_refused, command, games, in_process, prior, random_model, taught, tokenizer
+
+CONTRACT = {"agent": str, "split": str, "games": int, "success": float, "mean_actions": float, "by_task": dict, "max_steps": int, "temperature": (float, type(None)),
+            "engine": str, "alfworld": str, "data": str, "seed": int, "episodes": list}
+
+
+def episode(game, won, actions):
+    return {"game": game, "won": won, "actions": actions}
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------------------
+
+def test_summarise():
+    some = [SimpleNamespace(id="a", task_type="pick_and_place_simple"), SimpleNamespace(id="b", task_type="look_at_obj_in_light"),
+            SimpleNamespace(id="c", task_type="look_at_obj_in_light")]
+    played = [episode("a", True, 5), episode("a", False, 30), episode("b", True, 10), episode("c", True, 15), episode("c", True, 20)]
+    told = summarise(played, some)
+    assert (told["games"], told["success"], told["mean_actions"]) == (3, 0.8, 16.0)
+    assert told["by_task"] == {"pick_and_place_simple": {"games": 1, "success": 0.5, "mean_actions": 17.5},
+                               "look_at_obj_in_light": {"games": 2, "success": 1.0, "mean_actions": 15.0}}
+    lines = table(told)
+    assert lines[-1].split() == ["all", "3", "80.0%", "16.00"] and len(lines) == 4 and len({len(line) for line in lines}) == 1
+
+
+def test_paired_bootstrap_on_known_cases():
+    lost, won = ([episode(f"{i}", w, 1) for i in range(50)] for w in (False, True))
+    assert paired_bootstrap(lost, lost) == (0, 0, 0) and paired_bootstrap(lost, won) == (1, 1, 1) and paired_bootstrap(won, lost) == (-1, -1, -1)
+    # games are resampled, not episodes: four episodes of each game say no more than one
+    before = [episode(f"{i}", False, 1) for i in range(100)]
+    after = [episode(f"{i}", i < 30, 1) for i in range(100)]
+    mean, low, high = paired_bootstrap(before, after)
+    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert mean == pytest.approx(0.3) and low == pytest.approx(0.3 - error, abs=0.015) and high == pytest.approx(0.3 + error, abs=0.015)
+    assert paired_bootstrap(4 * before, 4 * after) == (pytest.approx(mean), pytest.approx(low), pytest.approx(high))
+    assert paired_bootstrap(before, after[::-1]) == (mean, low, high)  # the order of episodes says nothing
+    # paired: what both win and both lose does not widen the interval
+    both = [episode(f"{i}", i % 2 == 0, 1) for i in range(100)]
+    better = [episode(f"{i}", i % 2 == 0 or i == 1, 1) for i in range(100)]
+    assert paired_bootstrap(both, better)[2] < 0.05
+    with pytest.raises(ValueError, match="same games"):
+        paired_bootstrap(lost, won[1:])
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        before, after = ([episode(f"{i}", bool(w), 1) for i, w in enumerate(rng.random(60) < p)] for p in (0.4, 0.6))
+        _, low, high = paired_bootstrap(before, after, n=500)
+        covered += low <= 0.2 <= high
+    assert 0.88 < covered / 200 < 0.99
+
+
+# --- agents ----------------------------------------------------------------------------------------------------------------------
+
+def test_a_policy_is_evaluated_episode_by_episode():
+    options = dict(temperature=0.7, max_steps=6, episodes_per_game=2, seed=4)
+    told = evaluate_policy(taught(), tokenizer(), games()[:6], slots=12, **options)
+    assert [(e["game"], e["actions"]) for e in told["episodes"]] == sorted((e["game"], e["actions"]) for e in told["episodes"])
+    assert len(told["episodes"]) == 12 and told["games"] == 6 and 0 <= told["inadmissible"] <= 1
+    other_slots = evaluate_policy(taught(), tokenizer(), games()[:6][::-1], slots=5, **options)
+    assert other_slots["episodes"] == told["episodes"] and other_slots["inadmissible"] == told["inadmissible"]
+    assert evaluate_policy(taught(), tokenizer(), games()[:6], admissible=True, **options)["inadmissible"] == 0
+
+
+def test_the_expert_wins_and_chance_does_not():
+    expert = evaluate_scripted("expert", games(), prior=prior(), max_steps=40)
+    chance = evaluate_scripted("random", games()[:10], max_steps=20, episodes_per_game=2)
+    assert expert["success"] >= 0.95 and expert["mean_actions"] < 20
+    assert chance["success"] <= 0.2 and chance["mean_actions"] > 15 and len(chance["episodes"]) == 20
+    assert chance == evaluate_scripted("random", games()[:10], max_steps=20, episodes_per_game=2)
+    assert chance["episodes"] != evaluate_scripted("random", games()[:10], max_steps=30, episodes_per_game=2, seed=1)["episodes"]
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A policy and a PRM on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "policy", taught(), tokenizer())
+    prm = taught().with_score_head()
+    torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
+    save_model(folder / "prm", prm, tokenizer())
+    return folder
+
+
+def evaluated(tmp_path, *flags, n=8):
+    """eval.py on n generated games -> (the JSON, the printed lines), the contract checked."""
+    file = tmp_path / "result.json"
+    run = command("eval.py", "--games", "generated", "--n-generated", n, "--json", file, *flags)
+    assert run.returncode == 0, run.stderr
+    told = json.loads(file.read_text())
+    for name, kind in CONTRACT.items():
+        assert isinstance(told[name], kind), name
+    episodes = told["episodes"]
+    assert all(e.keys() == {"game", "won", "actions"} and type(e["won"]) is bool and 1 <= e["actions"] <= told["max_steps"] for e in episodes)
+    assert told["success"] == pytest.approx(np.mean([e["won"] for e in episodes])) and 0 <= told["success"] <= 1
+    assert told["mean_actions"] == pytest.approx(np.mean([e["actions"] for e in episodes]))
+    assert told["games"] == len({e["game"] for e in episodes}) == sum(part["games"] for part in told["by_task"].values()) == n
+    assert f"{told['success']:.1%}" in run.stdout and f"cap {told['max_steps']}" in run.stdout and told["alfworld"] in run.stdout
+    return told, run.stdout.splitlines()
+
+
+def test_random_and_expert_by_command(tmp_path):
+    chance, _ = evaluated(tmp_path, "--agent", "random", "--split", "valid_seen", "--max-steps", 10)
+    assert (chance["agent"], chance["split"], chance["max_steps"], chance["temperature"]) == ("random", "valid_seen", 10, None)
+    expert, lines = evaluated(tmp_path, "--agent", "expert", "--split", "valid_unseen", "--max-steps", 50)
+    assert expert["success"] == 1 and chance["success"] < 1 and expert["engine"] == "fast" and "generated" in expert["data"]
+    assert lines[-1].split()[:3] == ["all", "8", "100.0%"]
+
+
+def test_a_policy_by_command_equals_the_same_in_python(folder, tmp_path):
+    from games import generated_split
+    told, lines = evaluated(tmp_path, "--policy", folder / "policy", "--max-steps", 5, "--episodes-per-game", 2, "--seed", 3, "--temperature", 0.5)
+    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, episodes_per_game=2, seed=3, temperature=0.5)
+    assert told["episodes"] == again["episodes"] and told["inadmissible"] == again["inadmissible"]
+    assert lines[-1] == f"inadmissible actions: {told['inadmissible']:.1%}"
+
+
+def test_best_of_n_by_command(folder, tmp_path):
+    from games import generated_split
+    from common import read_model
+    told, _ = evaluated(tmp_path, "--policy", folder / "policy", "--prm", folder / "prm", "--best-of", 3, "--max-steps", 5, "--temperature", 1)
+    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, temperature=1.0, choose=best_of_n(read_model(folder / "prm", head="score")[0], 3))
+    plain = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, temperature=1.0)
+    assert told["best_of"] == 3 and told["inadmissible"] == again["inadmissible"] != plain["inadmissible"]
+
+
+def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
+    flags = ("--policy", folder / "policy", "--max-steps", 3, "--temperature", 1)
+    fast, stock = (evaluated(tmp_path, *flags, "--engine", engine, n=2)[0] for engine in ("fast", "alfworld"))
+    assert stock["engine"] == "alfworld" and [fast[k] for k in ("episodes", "success", "inadmissible")] == [stock[k] for k in ("episodes", "success", "inadmissible")]
+
+
+@pytest.mark.parametrize("flags, parts", (
+    ((), ("--policy",)),
+    (("--policy", "nowhere"), ("nowhere", "no model there")),
+    (("--policy", "{policy}", "--prm", "nowhere", "--best-of", 2), ("nowhere", "no model there")),
+    (("--policy", "{policy}", "--best-of", 2), ("--prm",)),
+    (("--policy", "{prm}"), ("prm", "not a policy")),
+    (("--policy", "{policy}", "--prm", "{policy}", "--best-of", 2), ("policy", "not a PRM")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--admissible"), ("--admissible", "--best-of")),
+    (("--agent", "wizard"), ("wizard",)),
+    (("--agent", "random", "--split", "nosuchsplit"), ("nosuchsplit",)),
+    (("--agent", "random", "--games", "alfworld", "--data", "/nowhere"), ("/nowhere",)),
+    (("--agent", "random", "--max-steps", 0), ("--max-steps",)),
+    (("--agent", "random", "--max-steps", "ten"), ("--max-steps", "ten")),
+    (("--agent", "random", "--temperature", -1), ("--temperature",)),
+    (("--agent", "random", "--seed", -1), ("--seed",)),
+    (("--policy", "{policy}", "--device", "tpu9"), ("tpu9",)),
+    (("--agent", "random", "--no-such-flag"), ("--no-such-flag",)),
+    (("--agent", "random", "--max-steps", 1, "--json", "{policy}/config.json/out.json"), ("config.json",)),
+))
+def test_mistakes_are_told_in_one_line(folder, flags, parts, monkeypatch, capsys):
+    flags = [str(flag).format(policy=folder / "policy", prm=folder / "prm") for flag in flags]
+    games = () if "--games" in flags else ("--games", "generated", "--n-generated", 8)
+    assert_refused(in_process(eval_main, (*games, *flags), monkeypatch, capsys), *parts)
+
+
+def test_a_mistake_ends_the_process_with_code_2():
+    assert_refused(command("eval.py", "--policy", "nowhere", "--games", "generated", "--n-generated", 8), "no model there")

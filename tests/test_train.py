@@ -1,0 +1,191 @@
+"""The loop by its real command line: a table, the same table after kills, and mistakes told in one line."""
+
+import json
+import random
+import re
+import shutil
+import time
+
+import pytest
+import torch
+
+from common import UserError, read_model, save_model
+from kill_test import differences, files, kill_and_continue, must
+from rollout import load_trajectories
+from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
+from train import main as train_main
+from train import parse_flags
+
+TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--rollouts", "24", "--rollouts-per-game", "4", "--shard", "12",
+        "--pairs", "64", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run: its folder, what it printed, its seconds."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    start = time.monotonic()
+    done = command("train.py", *TINY, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done, time.monotonic() - start
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------------------
+
+def test_a_run_ends_with_a_table_of_all_policies(run):
+    folder, done, _ = run
+    rows = re.findall(r"^π_(\d)( \*)? .*$", done.stdout, re.MULTILINE)
+    assert [i for i, _ in rows] == ["0", "1", "2"] and sum(bool(star) for _, star in rows) == 1
+    assert "cap 8, temperature 0.3" in done.stdout and re.search(r"dev: π_\d − π_0 = [+-]\d+\.\d points \(95 % interval", done.stdout)
+    result = read(folder / "result.json")
+    assert len(result["rows"]) == 3 and result["max_steps"] == 8 and result["rows"][0]["dev"]["gain_over_0"] == [0, 0, 0]
+    for i, row in enumerate(result["rows"]):
+        for split in ("dev", "valid_seen"):
+            told = read(folder / f"iter{i}/eval-{split}.json")
+            assert row[split]["success"] == told["success"] and len(told["episodes"]) == told["games"] and told["split"] == split
+    best = max(range(3), key=lambda i: (result["rows"][i]["dev"]["success"], -i))
+    assert result["best"] == best
+    for name, head in (("policy", "lm"), ("prm", "score"))[:1 + (best > 0)]:
+        mine, of_iteration = (read_model(folder / where / name, head=head)[0].state_dict() for where in ("best", f"iter{best}"))
+        assert all(torch.equal(mine[k], of_iteration[k]) for k in mine)
+
+
+def test_every_stage_leaves_its_record(run):
+    folder, _, _ = run
+    stages = {line["stage"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    expected = {"iter0/sft"} | {f"iter{i}/{stage}" for i in (1, 2) for stage in ("rollouts", "prm", "dpo")} | {
+        f"iter{i}/eval-{split}" for i in range(3) for split in ("dev", "valid_seen")}
+    assert stages.keys() == expected == read(folder / "state.json")["seconds"].keys()
+    assert not list(folder.rglob("*.state.safetensors")) and not list(folder.rglob("*.tmp"))
+    config = read(folder / "config.json")
+    assert config["flags"]["beta"] == 0.03 and config["flags"]["iters"] == 2 and {"python", "torch", "alfworld"} <= config["versions"].keys()
+    assert stages["iter1/dpo"]["log"][-1]["step"] == 2 and stages["iter0/sft"]["parameters"] == read_model(folder / "iter0/policy")[0].n_parameters()
+
+
+def test_the_rollouts_are_those_asked_for_and_the_policies_change(run):
+    folder, _, _ = run
+    for i in (1, 2):
+        shards = [load_trajectories(file) for file in sorted((folder / f"iter{i}/rollouts").iterdir())]
+        assert [len(shard) for shard in shards] == [12, 12]
+        trajectories = [t for shard in shards for t in shard]
+        assert len({(t.game, t.episode) for t in trajectories}) == 24 and len({t.game for t in trajectories}) == 6
+        told = read(folder / f"iter{i}/rollouts.json")
+        assert told["episodes"] == 24 and told["mean_actions"] == sum(map(len, trajectories)) / 24
+        held = read(folder / f"iter{i}/prm.json")["held_out"]["actions"]
+        assert 0 < held < sum(map(len, trajectories))  # labels are held out by task folder
+        before, after = (read_model(folder / f"iter{k}/policy")[0].state_dict() for k in (i - 1, i))
+        assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_flags_reach_their_stage(run, tmp_path):
+    """--init takes the policy as it is; another --seed, --ref, --beta changes what comes after."""
+    save_model(tmp_path / "policy", taught(), tokenizer())
+    flags = [*TINY, "--init", str(tmp_path / "policy"), "--rollout-temperature", "1", "--iters", "1"]
+    done = command("train.py", *flags, "--out", tmp_path / "init")
+    assert done.returncode == 0, done.stderr
+    got, words = read_model(tmp_path / "init/iter0/policy")
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), taught().parameters())) and words.tokens == tokenizer().tokens
+    assert read(tmp_path / "init/iter0/sft.json")["log"] == []
+    trajectories = [t for file in sorted((tmp_path / "init/iter1/rollouts").iterdir()) for t in load_trajectories(file)]
+    assert {t.seed for t in trajectories} != {0} and any(t.inadmissible.mean() < 1 for t in trajectories)
+
+
+# --- interruptions -----------------------------------------------------------------------------------------------------------------
+
+def test_a_finished_run_is_left_as_it_is(run):
+    folder, done, _ = run
+    before = files(folder)
+    again = command("train.py", *TINY, "--out", folder)
+    assert again.returncode == 0 and again.stdout.splitlines()[2:-1] == done.stdout.splitlines()[2:-1]
+    assert files(folder) == before
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(run, tmp_path):
+    folder, _, seconds = run
+    fell = kill_and_continue(tmp_path / "killed", TINY, 3, 0.6 * seconds, 0.4 * seconds, random.Random(0))
+    assert fell
+    assert differences(folder, tmp_path / "killed") == []
+
+
+@pytest.mark.parametrize("lost", (["iter2/dpo.json", "iter2/policy", "iter2/eval-dev.json"], ["iter1/rollouts/00001.safetensors", "iter1/rollouts.json"],
+                                  ["iter1/prm/config.json", "iter1/prm.json", "iter1/dpo.json", "result.json", "best"]))
+def test_whatever_is_missing_is_made_again_and_equal(run, lost, tmp_path):
+    folder, _, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    for name in lost:
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    must(tmp_path / "run", TINY)
+    assert differences(folder, tmp_path / "run") == []
+
+
+def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run, monkeypatch, capsys):
+    folder, _, _ = run
+    before = files(folder)
+    refused = lambda *flags: in_process(train_main, (*TINY, "--out", folder, *flags), monkeypatch, capsys)
+    assert_refused(refused("--beta", "0.1", "--seed", "3"), "--beta 0.03 -> 0.1", "--seed 0 -> 3", "another --out")
+    (folder / "data.json").write_text(json.dumps({"train": "other games"}))
+    assert_refused(refused(), "other games")
+    (folder / "data.json").write_bytes(before["data.json"])
+    assert files(folder) == before
+    assert refused("--device", "cpu").returncode == 0  # where it runs may change
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, parts", (
+    (("--iters", "0"), ("--iters 0", "at least 1")),
+    (("--iters", "two"), ("--iters", "two")),
+    (("--rollouts", "1"), ("--rollouts",)),
+    (("--rollouts", "4", "--rollouts-per-game", "4"), ("--rollouts",)),  # one game: nothing to hold out
+    (("--gamma", "1.5"), ("--gamma 1.5", "0 … 1")),
+    (("--gamma", "nan"), ("--gamma",)),
+    (("--seed", "-1"), ("--seed -1",)),
+    (("--beta", "0"), ("--beta",)),
+    (("--ref", "best"), ("--ref", "best")),
+    (("--threads", "-3"), ("--threads",)),
+    (("--smok",), ("--smok",)),
+    (("--demos", "3"), ("--demos", "--sft-batch")),
+    (("--heads", "3"), ("heads 3",)),
+    (("--context", "60"), ("--context",)),
+    (("--n-generated", "3"), ("--n-generated",)),
+    (("--dev-games", "0"), ("--dev-games",)),
+    (("--device", "tpu9"), ("tpu9",)),
+    (("--games", "alfworld", "--data", "/nowhere"), ("/nowhere",)),
+    (("--init", "/nowhere"), ("/nowhere", "no model there")),
+    (("--out", str(ROOT / "train.py")), ("train.py",)),
+))
+def test_mistakes_are_told_in_one_line_before_any_work(flags, parts, tmp_path, monkeypatch, capsys):
+    words = [*TINY, "--out", str(tmp_path / "run"), *flags]
+    assert_refused(in_process(train_main, words, monkeypatch, capsys), *parts)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_mistake_ends_the_process_with_code_2(tmp_path):
+    assert_refused(command("train.py", "--iters", "0", "--out", tmp_path), "--iters 0")
+
+
+# --- flags -------------------------------------------------------------------------------------------------------------------------
+
+def test_the_defaults_are_the_contracts():
+    args = parse_flags([])
+    assert (args.iters, args.rollouts, args.rollouts_per_game, args.max_steps, args.gamma, args.beta, args.ref, args.seed, args.context) == (
+        3, 70000, 16, 30, 0.95, 0.03, "prev", 0, 2048)
+    assert parse_flags(["--smoke"]).rollouts < 1000 and parse_flags(["--smoke", "--rollouts", "5000"]).rollouts == 5000
+    with pytest.raises(UserError):
+        parse_flags(["--rollouts", "many"])
+
+
+@pytest.mark.parametrize("program", sorted(f.name for f in ROOT.glob("*.py") if '__name__ == "__main__"' in f.read_text()))
+def test_help_gives_every_flag_a_meaning_and_a_default(program):
+    done = command(program, "--help")
+    assert done.returncode == 0 and not done.stderr
+    flags = re.split(r"\n  (?=-)", done.stdout.partition("  -h, --help")[2])[1:]
+    assert flags
+    for flag in flags:
+        text = " ".join(flag.split())
+        assert re.fullmatch(r"--[a-z0-9-]+ .*[a-z]{3}.*\(default: [^)]+\).*", text), text
