@@ -1,9 +1,10 @@
 """Kill a training run at random moments, continue it each time, and compare what comes out with an undisturbed run.
 
-    python tests/kill_test.py --kills 10     # train.py --smoke, some minutes
+    python tests/kill_test.py --kills 10     # train.py --smoke; some minutes
 
 The whole process group gets SIGKILL: nothing can be tidied up. Afterwards every file of both runs must be equal, byte for byte:
-metrics, labels' statistics, rollouts, weights. Only the clock (state.json) and the command line (config.json) may differ.
+metrics, rollouts, weights. Only the clock (state.json) and the command line (in config.json) may differ. The stages of a smoke
+run last seconds, so that training saves its place every half second here instead of every ten: kills fall between two saves, too.
 """
 
 import argparse
@@ -18,58 +19,63 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TRAIN = "import sys, common, train; common.optimise.__kwdefaults__['save_every'] = 0.5; sys.exit(common.command_line(train.main))"
 
 
-def train(out, flags, seconds=None):
-    """Run train.py, killed after so many seconds. -> (exit code, seconds it ran, its output)"""
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(out)], cwd=ROOT, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(out, flags):
+    return subprocess.Popen([sys.executable, "-c", TRAIN, *flags, "--out", str(out)], cwd=ROOT, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(out, flags):
+    """Run to the end. -> seconds"""
+    began, process = time.monotonic(), start(out, flags)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"train.py ended with {process.returncode}:\n{output}")
+    return time.monotonic() - began
+
+
+def records(out):
+    """Moments at which the stages of a run were finished (seconds of the system's clock), in order."""
+    return sorted(f.stat().st_mtime for f in out.glob("iter*/*.json"))
+
+
+def moments(out, began, kills, rng):
+    """Random moments of a finished run. -> sorted list of (stages finished by then, seconds since the last of them)"""
+    finished = [m - began for m in records(out)]
+    drawn = sorted(rng.uniform(0, finished[-1]) for _ in range(kills))
+    done = [sum(f <= m for f in finished) for m in drawn]
+    return [(n, m - (finished[n - 1] if n else 0)) for n, m in zip(done, drawn)]
+
+
+def kill(out, flags, stages, seconds):
+    """Start or continue a run and kill it `seconds` after it has finished so many stages. -> what it said last; None if it ended before"""
+    process = start(out, flags)
+    while len(records(out)) < stages and process.poll() is None:
+        time.sleep(0.01)
     try:
-        output, _ = process.communicate(timeout=seconds)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-    return process.returncode, time.monotonic() - start, output
-
-
-def must(out, flags):
-    """Run to the end. -> seconds"""
-    code, seconds, output = train(out, flags)
-    if code:
-        raise SystemExit(f"train.py ended with {code}:\n{output}")
-    return seconds
+    output, _ = process.communicate()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"train.py ended with {process.returncode}:\n{output}")
+    said = output.replace("\r", "\n").strip().splitlines() or ["nothing yet"]
+    return said[-1] if process.returncode else None
 
 
 def files(out):
     """{path within the run: content} of everything that must not depend on interruptions."""
     content = {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file() and f.suffix != ".tmp" and f.name != "state.json"}
-    flags = json.loads(content["config.json"])["flags"]
-    content["config.json"] = {k: v for k, v in flags.items() if k != "out"}
+    content["config.json"] = {k: v for k, v in json.loads(content["config.json"])["flags"].items() if k != "out"}
     return content
 
 
 def differences(a, b):
-    """-> names of files that two runs do not share, or that differ."""
+    """-> what two runs do not have in common, a line each."""
     a, b = files(a), files(b)
     return [f"{name}: {'differs' if name in a and name in b else 'is missing in one of them'}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-
-
-def kill_and_continue(out, flags, kills, duration, startup, rng):
-    """Train with `kills` interruptions spread over the work. -> where each one fell"""
-    gaps = [rng.random() for _ in range(kills + 1)]
-    fell = []
-    for gap in gaps[:kills]:
-        delay = startup * rng.uniform(0.7, 1) + duration * gap / sum(gaps)
-        code, seconds, output = train(out, flags, delay)
-        if code != -signal.SIGKILL:
-            if code:
-                raise SystemExit(f"train.py ended with {code}:\n{output}")
-            break  # finished before
-        done = sorted(f"{f.parent.name}/{f.stem}" for f in out.glob("iter*/*.json"))
-        fell.append(f"{seconds:5.1f} s, {len(done)} stages done, at: {output.replace(chr(13), chr(10)).strip().splitlines()[-1][:60] if output.strip() else 'the start'}")
-    must(out, flags)
-    return fell
 
 
 def main():
@@ -78,22 +84,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        flags = ["--smoke"]
-        duration = must(whole, flags)
-        before = files(whole)
-        startup = must(whole, flags)  # nothing left to do
+        whole, killed, flags = Path(folder, "whole"), Path(folder, "killed"), ["--smoke"]
+        began = time.time()
+        duration = finish(whole, flags)
+        plan, before = moments(whole, began, args.kills, random.Random(args.seed)), files(whole)
+        startup = finish(whole, flags)  # nothing is left to do
         if files(whole) != before:
-            raise SystemExit("running the same command on a finished run changed it")
-        print(f"undisturbed: {duration:.1f} s, of which {startup:.1f} s to start; again on the finished run: nothing changed", flush=True)
-        for line in kill_and_continue(killed, flags, args.kills, duration - startup, startup, random.Random(args.seed)):
-            print("killed after", line)
-        wrong = differences(whole, killed)
-        left = [f.name for f in killed.rglob("*.tmp")]
+            raise SystemExit("the same command on a finished run changed it")
+        print(f"undisturbed: {duration:.0f} s; the same command again: {startup:.0f} s, nothing changed", flush=True)
+        fell = 0
+        for stages, seconds in plan:
+            waiting = len(records(killed)) < stages
+            said = kill(killed, flags, stages, seconds if waiting or not stages else startup + seconds)
+            fell += said is not None
+            print(f"killed with {len(records(killed)):2} of {len(records(whole))} stages done, while it said: {said[:70]}" if said else "ended before", flush=True)
+        finish(killed, flags)
+        wrong, left = differences(whole, killed), list(killed.rglob("*.tmp"))
         print(*wrong, sep="\n", end="\n" * bool(wrong))
-        print(f"{'FAILED' if wrong else 'EQUAL'}: {len(before) - len(wrong)} of {len(before)} files are byte for byte those of the undisturbed run; "
-              f"{len(left)} temporary files left behind")
-        return 1 if wrong else 0
+        print(f"{'FAILED' if wrong or fell < args.kills else 'EQUAL'}: after {fell} kills, {len(before) - len(wrong)} of {len(before)} files are byte for byte "
+              f"those of the undisturbed run; temporary files left behind: {len(left)}")
+        return 1 if wrong or fell < args.kills else 0
 
 
 if __name__ == "__main__":

@@ -181,11 +181,11 @@ def test_report_on_a_prm_that_always_says_the_same():
 
 
 def test_report_by_bins(monkeypatch):
-    """Two bins by hand: Q 0.1 where half is won, Q 0.9 where all is won."""
+    """Two bins by hand, against returns: Q 0.1 where half is won, Q 0.9 where all is won."""
     t = copy.copy(played()[0])
     t.spans = t.spans[:4]
     table = {"returns": np.array([0.0, 1.0, 1.0, 1.0])}
-    labels = [(np.array([0.5, 0.5, 1, 1], np.float32), np.ones(4, np.float32))]
+    labels = [(np.array([0.2, 0.2, 0.7, 0.7], np.float32), np.ones(4, np.float32))]
     monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.tensor([0.1, 0.1, 0.9, 0.9])))])
     told = report(None, [t], labels, table)
     assert told["calibration"] == [(pytest.approx(0.1), 0.5, 2), (pytest.approx(0.9), 1.0, 2)]

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from common import UserError, read_model, save_model
-from kill_test import differences, files, kill_and_continue, must
+from dpo import Tree
+from kill_test import differences, files, finish, kill, moments
+from qestimate import labels_of, q_table
 from rollout import load_trajectories
 from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
 from train import main as train_main
@@ -22,16 +24,25 @@ TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished tiny run: its folder, what it printed, its seconds."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    start = time.monotonic()
+    """A finished tiny run: its folder, what it printed, when it began."""
+    folder, began = tmp_path_factory.mktemp("runs") / "tiny", time.time()
     done = command("train.py", *TINY, "--out", folder)
     assert done.returncode == 0, done.stderr
-    return folder, done, time.monotonic() - start
+    return folder, done, began
 
 
 def read(file):
     return json.loads(file.read_text())
+
+
+def copy_of(run, tmp_path, *flags):
+    """A copy of the finished run, to be spoiled; its config.json says how to continue it, with other flags if any."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    words = [*TINY, *flags, "--out", str(folder)]
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"flags": vars(parse_flags(words)), "words": words}))
+    return folder
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------------------
@@ -94,6 +105,58 @@ def test_flags_reach_their_stage(run, tmp_path):
     assert {t.seed for t in trajectories} != {0} and any(t.inadmissible.mean() < 1 for t in trajectories)
 
 
+class Captured(Exception):
+    """Carries the arguments of a call out of a stage."""
+
+
+def capture(monkeypatch, folder, stage, function):
+    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position"""
+    (folder / f"{stage}.json").unlink()
+
+    def stop(*positions, **_):
+        raise Captured(positions)
+
+    monkeypatch.setattr(f"train.{function}", stop)
+    monkeypatch.setattr("sys.argv", ["train.py", *read(folder / "config.json")["words"]])
+    with pytest.raises(Captured) as caught:
+        train_main()
+    return caught.value.args[0]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("ref", ("prev", "init"))
+def test_dpo_starts_from_the_previous_policy_and_refers_to_it_or_to_the_first(run, ref, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path, "--ref", ref)
+    policy, reference, score, *_ = capture(monkeypatch, folder, "iter2/dpo", "online_dpo")
+    first, previous = (read_model(folder / f"iter{i}/policy")[0] for i in (0, 1))
+    assert same(policy, previous) and same(reference, previous if ref == "prev" else first) and not same(first, previous)
+    prm = read_model(folder / "iter2/prm", head="score")[0]
+    tree = Tree([[0, 7, 8]], [(0, 3, [9, 5], False)])
+    assert torch.equal(score(tree), tree.scores(prm).sigmoid())
+
+
+def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path)
+    shutil.rmtree(folder / "iter2/rollouts")
+    policy, _, episodes = capture(monkeypatch, folder, "iter2/rollouts", "rollout")
+    assert same(policy, read_model(folder / "iter1/policy")[0]) and len(episodes) == 12
+
+
+def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path)
+    prm, _, fit, labels, _ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
+    assert same(prm.model, read_model(folder / "iter1/policy")[0].model)
+    everything = [t for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
+    of = lambda trajectories: {t.game.split("/")[0] for t in trajectories}
+    held = of(everything) - of(fit)
+    assert held and sum(t.game.split("/")[0] in held for t in everything) + len(fit) == len(everything)
+    for (q_hat, weight), (expected, expected_weight) in zip(labels, labels_of(fit, q_table(fit, read_model(folder / "iter0/policy")[1], 0.95))):
+        assert (q_hat == expected).all() and (weight == expected_weight).all()
+
+
 # --- interruptions -----------------------------------------------------------------------------------------------------------------
 
 def test_a_finished_run_is_left_as_it_is(run):
@@ -105,22 +168,21 @@ def test_a_finished_run_is_left_as_it_is(run):
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(run, tmp_path):
-    folder, _, seconds = run
-    fell = kill_and_continue(tmp_path / "killed", TINY, 3, 0.6 * seconds, 0.4 * seconds, random.Random(0))
-    assert fell
+    folder, _, began = run
+    fell = [kill(tmp_path / "killed", TINY, *moment) for moment in moments(folder, began, 3, random.Random(0))]
+    assert any(fell)
+    finish(tmp_path / "killed", TINY)
     assert differences(folder, tmp_path / "killed") == []
 
 
 @pytest.mark.parametrize("lost", (["iter2/dpo.json", "iter2/policy", "iter2/eval-dev.json"], ["iter1/rollouts/00001.safetensors", "iter1/rollouts.json"],
                                   ["iter1/prm/config.json", "iter1/prm.json", "iter1/dpo.json", "result.json", "best"]))
 def test_whatever_is_missing_is_made_again_and_equal(run, lost, tmp_path):
-    folder, _, _ = run
-    shutil.copytree(folder, tmp_path / "run")
-    for name in lost:
-        path = tmp_path / "run" / name
+    folder = copy_of(run, tmp_path)
+    for path in (folder / name for name in lost):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    must(tmp_path / "run", TINY)
-    assert differences(folder, tmp_path / "run") == []
+    finish(folder, TINY)
+    assert differences(run[0], folder) == []
 
 
 def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run, monkeypatch, capsys):
