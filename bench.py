@@ -196,7 +196,7 @@ def main():
     rows = []
     for r in BENCHES[args.part](args):
         rows.append(r)
-        print(f"{r['what']:22}{r['unit']:>5}{r['ours']:>14,.2f}{r['other']:>16,.2f}{r['ratio']:>11,.1f}  {r['other_name']}", flush=True)
+        print(f"{r['what']:22}{r['unit']:>5}{r['ours']:>14,.2f}{r['other']:>16,.2f}{r['ratio']:>11,.2f}  {r['other_name']}", flush=True)
     if args.json:
         write_json(args.json, rows)
 

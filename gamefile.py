@@ -272,8 +272,9 @@ def _facts(text):
             end += step
         if end >= len(words):
             raise GameError(f"its (:init …) breaks off in a fact of {predicate!r}")
-        for i, column in enumerate(columns, 1):
-            column += words[start + i:end:step]
+        columns[0] += words[start + 1:end:step]
+        if step == 3:
+            columns[1] += words[start + 2:end:step]
         start = end
     return facts
 
