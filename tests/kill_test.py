@@ -50,13 +50,16 @@ def moments(out, began, kills, rng):
 
 
 def kill(out, flags, stages, seconds):
-    """Start or continue a run and kill it `seconds` after it has finished so many stages. -> what it said last; None if it ended before"""
-    process = start(out, flags)
-    while len(records(out)) < stages and process.poll() is None:
-        time.sleep(0.01)
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    """Start or continue a run and kill it `seconds` after it has finished so many stages, or when it has finished one more.
+
+    -> what it said last; None if it ended before.
+    """
+    process, deadline = start(out, flags), None
+    while process.poll() is None and (done := len(records(out))) <= stages and (deadline is None or time.monotonic() < deadline):
+        if done == stages and deadline is None:
+            deadline = time.monotonic() + seconds
+        time.sleep(0.005)
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     output, _ = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
