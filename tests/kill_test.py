@@ -23,16 +23,25 @@ TRAIN = "import sys, common, train; common.optimise.__kwdefaults__['save_every']
 
 
 def start(out, flags):
-    return subprocess.Popen([sys.executable, "-c", TRAIN, *flags, "--out", str(out)], cwd=ROOT, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """-> the process of a run, and the file that gets what it says"""
+    said = tempfile.TemporaryFile("w+")
+    return subprocess.Popen([sys.executable, "-c", TRAIN, *flags, "--out", str(out)], cwd=ROOT, start_new_session=True, stdout=said, stderr=said), said
+
+
+def last_words(process, said):
+    """What an ended process said last; SystemExit with all of it if it failed."""
+    said.seek(0)
+    output = said.read()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"train.py ended with {process.returncode}:\n{output}")
+    return (output.replace("\r", "\n").strip().splitlines() or ["nothing yet"])[-1]
 
 
 def finish(out, flags):
     """Run to the end. -> seconds"""
-    began, process = time.monotonic(), start(out, flags)
-    output, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"train.py ended with {process.returncode}:\n{output}")
+    began, (process, said) = time.monotonic(), start(out, flags)
+    process.wait()
+    last_words(process, said)
     return time.monotonic() - began
 
 
@@ -54,18 +63,16 @@ def kill(out, flags, stages, seconds):
 
     -> what it said last; None if it ended before.
     """
-    process, deadline = start(out, flags), None
+    (process, said), deadline = start(out, flags), None
     while process.poll() is None and (done := len(records(out))) <= stages and (deadline is None or time.monotonic() < deadline):
         if done == stages and deadline is None:
             deadline = time.monotonic() + seconds
         time.sleep(0.005)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise SystemExit(f"train.py ended with {process.returncode}:\n{output}")
-    said = output.replace("\r", "\n").strip().splitlines() or ["nothing yet"]
-    return said[-1] if process.returncode else None
+    process.wait()
+    words = last_words(process, said)
+    return words if process.returncode else None
 
 
 def files(out):

@@ -229,4 +229,4 @@ def test_beta_holds_the_policy_near_its_reference(tmp_path):
         tree = Tree([x.ids for x in t], branches)
         with torch.no_grad():
             moved[beta] = (tree.logprobs(policy, 1.0) - tree.logprobs(taught(), 1.0)).abs().mean().item()
-    assert moved[5.0] < 0.5 * moved[0.05]
+    assert moved[5.0] < 0.75 * moved[0.05]
