@@ -140,7 +140,7 @@ def evaluate(args, run, i, split, games, episodes_per_game):
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
+SMOKE = dict(games="generated", n_generated=120, min_gap=0.0, dev_games=16, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
              iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
 
 

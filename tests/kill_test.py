@@ -104,8 +104,8 @@ def main():
         print(f"undisturbed: {duration:.0f} s; the same command again: {startup:.0f} s, nothing changed", flush=True)
         fell = 0
         for stages, seconds in plan:
-            waiting = len(records(killed)) < stages
-            said = kill(killed, flags, stages, seconds if waiting or not stages else startup + seconds)
+            done = len(records(killed))
+            said = kill(killed, flags, max(stages, done), seconds if done < stages else startup + seconds)
             fell += said is not None
             print(f"killed with {len(records(killed)):2} of {len(records(whole))} stages done, while it said: {said[:70]}" if said else "ended before", flush=True)
         finish(killed, flags)
