@@ -1,8 +1,8 @@
 """Stage 3: max E[Q_i(s, a)] − β KL(π ‖ π_{i−1}) by online DPO.
 
-At states of the rollouts the *current* policy proposes two actions, a score picks chosen and rejected, and DPO moves the
-policy against a frozen reference. All states of a trajectory, and both actions at each, share one forward pass: the
-trajectory is the trunk of a tree whose branches are the proposed actions.
+At states of the rollouts the *current* policy proposes actions, a score picks the best and the worst of them as chosen and
+rejected, and DPO moves the policy against a frozen reference. All states of a trajectory, and all actions at each, share one
+forward pass: the trajectory is the trunk of a tree whose branches are the proposed actions.
 
         <task> … <act> go to desk 1 <end> <obs> … <act> take pen 1 … <end>        trunk: causal
                      ├ go to bed 1 <end>                 ├ open desk 1 <end>      branches: see the trunk up to their <act>,
@@ -97,12 +97,13 @@ def propose(policy, tokenizer, trunks, states, n, temperature, names):
     return [[(action, forced) for action, _, forced in state] for state in drawn]
 
 
-def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, trunks=16,
-               states_per_trunk=8, min_gap=0.0, renumber=True, name="DPO"):
+def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
+               trunks=16, states_per_trunk=8, min_gap=0.0, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
-    `pairs`: states at which two actions are sampled, in all. Pairs of equal text, or whose scores differ by no more than
-    `min_gap`, carry no preference and cost no backward pass.
+    `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
+    paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
+    no preference and cost no backward pass.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
@@ -113,22 +114,22 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
         ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
         states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked)
                   for k in sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False))]
-        proposals = propose(policy, tokenizer, ids, states, 2, temperature, (seed, key("propose"), step))
-        text = [[tokenizer.decode(a).strip() for a, _ in pair] for pair in proposals]
-        differ = [n for n, (a, b) in enumerate(text) if a != b]
-        metrics = {"pairs/differ": len(differ) / len(states)}
-        if not differ:
+        sampled = propose(policy, tokenizer, ids, states, proposals, temperature, (seed, key("propose"), step))
+        distinct = [first_of_each(drawn, lambda drawn: tokenizer.decode(drawn[0]).strip()) for drawn in sampled]
+        branches = [(*state, *action) for state, drawn in zip(states, distinct) if len(drawn) > 1 for action in drawn]
+        counts_of = [len(drawn) for drawn in distinct if len(drawn) > 1]
+        metrics = {"pairs/differ": len(counts_of) / len(states)}
+        if not branches:
             return None, metrics
-        branches = [(*states[n], *proposals[n][k]) for n in differ for k in (0, 1)]
         with torch.no_grad():
-            q = score(Tree(ids, branches, device)).float().view(-1, 2).cpu()  # (pairs, 2)
-        keep = ((q[:, 0] - q[:, 1]).abs() > min_gap).nonzero()[:, 0].tolist()
-        metrics.update({"score/mean": q.mean(), "score/gap": (q[:, 0] - q[:, 1]).abs().mean(), "pairs/kept": len(keep) / len(states)})
-        if not keep:
+            q = score(Tree(ids, branches, device)).float().cpu().split(counts_of)
+        ends = np.cumsum(counts_of)
+        order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(ends - counts_of, q) if f.max() - f.min() > min_gap]
+        gap = torch.stack([f.max() - f.min() for f in q])
+        metrics.update({"score/mean": torch.cat(q).mean(), "score/gap": gap.mean(), "pairs/kept": len(order) / len(states)})
+        if not order:
             return None, metrics
-        # chosen first
-        order = [2 * n + int(k) for n in keep for k in ((q[n, 1] > q[n, 0]), (q[n, 1] <= q[n, 0]))]
-        tree = Tree(ids, [branches[i] for i in order], device)
+        tree = Tree(ids, [branches[i] for pair in order for i in pair], device)  # chosen, rejected, chosen, …
         with torch.no_grad():
             ref = tree.logprobs(reference, temperature).view(-1, 2)
         pi = tree.logprobs(policy, temperature).view(-1, 2)
@@ -138,3 +139,11 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
         return losses.mean(), metrics
 
     return optimise(policy, loss_of, steps, lr, state, name)
+
+
+def first_of_each(things, name):
+    """Drop duplicates by name(thing), keeping the order."""
+    kept = {}
+    for thing in things:
+        kept.setdefault(name(thing), thing)
+    return list(kept.values())

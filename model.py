@@ -1,12 +1,13 @@
-"""A small decoder transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Llama's layout and tensor names.
+"""A small decoder transformer: RMSNorm, rotary positions, grouped-query attention with normed queries and keys, SwiGLU.
 
     model = Transformer(Config(vocab_size=700))               # policy: logits over the vocabulary
     prm = Transformer(Config(vocab_size=700, head="score"))   # PRM: one number a token
     h = model(ids)                                            # (B, S) -> hidden states (B, S, D)
     logits = model.logits(h[:, -1])                           # (B, V)
 
-A saved model is a folder (`config.json`, `model.safetensors`) that `transformers` opens as LlamaForCausalLM or
-LlamaForTokenClassification. The default has about a million parameters.
+Layout and tensor names are Qwen3's (Llama's, and a norm of queries and keys): a saved model is a folder (`config.json`,
+`model.safetensors`) that `transformers` opens as Qwen3ForCausalLM or Qwen3ForTokenClassification. The default has about a
+million parameters.
 """
 
 import json
@@ -44,7 +45,9 @@ class Layer(nn.Module):
             "q_proj": nn.Linear(c.dim, c.n_heads * self.head_dim, bias=False),
             "k_proj": nn.Linear(c.dim, c.n_kv_heads * self.head_dim, bias=False),
             "v_proj": nn.Linear(c.dim, c.n_kv_heads * self.head_dim, bias=False),
-            "o_proj": nn.Linear(c.n_heads * self.head_dim, c.dim, bias=False)})
+            "o_proj": nn.Linear(c.n_heads * self.head_dim, c.dim, bias=False),
+            "q_norm": nn.RMSNorm(self.head_dim, eps=c.norm_eps),  # attention by content is learned many times sooner with them (LOG.md)
+            "k_norm": nn.RMSNorm(self.head_dim, eps=c.norm_eps)})
         self.post_attention_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.mlp = nn.ModuleDict({
             "gate_proj": nn.Linear(c.dim, c.hidden, bias=False),
@@ -56,7 +59,8 @@ class Layer(nn.Module):
         a, m = self.self_attn, self.mlp
         h = self.input_layernorm(x)
         q, k, v = (a[p](h).unflatten(-1, (-1, self.head_dim)) for p in ("q_proj", "k_proj", "v_proj"))  # (…, heads, head_dim)
-        x = x + a["o_proj"](attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        q, k = rotate(a["q_norm"](q), cos, sin), rotate(a["k_norm"](k), cos, sin)
+        x = x + a["o_proj"](attend(q, k, v).flatten(-2))
         h = self.post_attention_layernorm(x)
         return x + m["down_proj"](F.silu(m["gate_proj"](h)) * m["up_proj"](h))
 
@@ -174,25 +178,25 @@ class Transformer(nn.Module):
     def save(self, folder):
         """Write `config.json` and `model.safetensors` into an existing folder."""
         c, folder = self.config, Path(folder)
-        architecture = "LlamaForCausalLM" if c.head == "lm" else "LlamaForTokenClassification"
+        architecture = "Qwen3ForCausalLM" if c.head == "lm" else "Qwen3ForTokenClassification"
         (folder / "config.json").write_text(json.dumps({
-            "architectures": [architecture], "model_type": "llama", "torch_dtype": "float32", "vocab_size": c.vocab_size,
+            "architectures": [architecture], "model_type": "qwen3", "torch_dtype": "float32", "vocab_size": c.vocab_size,
             "hidden_size": c.dim, "intermediate_size": c.hidden, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-            "num_key_value_heads": c.n_kv_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "num_labels": 1,
+            "num_key_value_heads": c.n_kv_heads, "head_dim": c.dim // c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "num_labels": 1,
             "max_position_embeddings": c.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "bos_token_id": None, "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
+            "bos_token_id": None, "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"),
                   metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """Read a folder written by `save` (or by transformers, for a Llama with tied embeddings)."""
+        """Read a folder written by `save` (or by transformers, for a Qwen3 with tied embeddings)."""
         folder = Path(folder)
         d = json.loads((folder / "config.json").read_text())
         rope_theta = d["rope_theta"] if "rope_theta" in d else d["rope_parameters"]["rope_theta"]  # transformers 4, 5
         model = cls(Config(d["vocab_size"], d["hidden_size"], d["num_hidden_layers"], d["num_attention_heads"], d["num_key_value_heads"],
                            d["intermediate_size"], d["max_position_embeddings"], rope_theta, d["rms_norm_eps"],
-                           "lm" if d["architectures"] == ["LlamaForCausalLM"] else "score"))
+                           "lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score"))
         weights = load_file(str(folder / "model.safetensors"))
         weights.pop("lm_head.weight", None)
         model.load_state_dict(weights)

@@ -23,13 +23,24 @@ def label_entropy(q_hat, weight):
     return (weight * entropy).sum() / weight.sum()
 
 
-def scores_at_actions(prm, ids, spans):
-    """f at the <end> of every action: ids list of (L,) arrays, spans list of (T, 2). -> (sum of T,), trajectory after trajectory."""
-    device = prm.cos.device
-    h = prm(pad(ids).to(device))  # (B, S, D)
-    row = torch.cat([torch.full((len(s),), b) for b, s in enumerate(spans)]).to(device)
-    end = torch.cat([torch.as_tensor(s[:, 1] - 1, dtype=torch.long) for s in spans]).to(device)
+def scores_at_actions(prm, h, spans):
+    """f at the <end> of every action: hidden states h (B, S, D), spans list of (T, 2). -> (sum of T,), trajectory after trajectory."""
+    row = torch.cat([torch.full((len(s),), b) for b, s in enumerate(spans)]).to(h.device)
+    end = torch.cat([torch.as_tensor(s[:, 1] - 1, dtype=torch.long) for s in spans]).to(h.device)
     return prm.scores(h[row, end])
+
+
+def answers_loss(prm, h, ids, spans):
+    """Cross-entropy of the world's answers, all tokens between one action and the next: h (B, S, D), ids (B, S). -> scalar
+
+    To tell what an action will bring is most of what there is to know about its value, and says more than a return does.
+    """
+    answer = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, s in zip(answer, spans):
+        for (_, end), (start, _) in zip(s[:-1], s[1:]):
+            row[end:start] = True
+    answer = answer[:, 1:].to(h.device)
+    return F.cross_entropy(prm.logits(h[:, :-1][answer]), ids[:, 1:][answer])
 
 
 def batches(lengths, batch, rng, pool=8):
@@ -50,8 +61,8 @@ def epoch_steps(n, batch, pool=8):
     return whole * pool + -(-rest // batch)
 
 
-def train_prm(prm, tokenizer, trajectories, labels, counts, *, epochs, lr, batch, seed, state, renumber=True, name="PRM"):
-    """Fit Q to the labels [(q_hat (T,), weight (T,))] of the trajectories. -> log.
+def train_prm(prm, tokenizer, trajectories, labels, counts, *, epochs, lr, batch, seed, state, obs_weight=0.0, renumber=True, name="PRM"):
+    """Fit Q to the labels [(q_hat (T,), weight (T,))] of the trajectories, and `obs_weight` times the world's answers. -> log.
 
     counts: {game id: {base name: n}}; with `renumber` every pass tells each trajectory with other instance numbers, under
     which Q does not change.
@@ -65,10 +76,16 @@ def train_prm(prm, tokenizer, trajectories, labels, counts, *, epochs, lr, batch
         rng = generator(seed, "prm numbers", step)
         picked = plan[step]
         ids = [tokenizer.renumber(trajectories[i].ids, counts[trajectories[i].game], rng) if renumber else trajectories[i].ids for i in picked]
-        f = scores_at_actions(prm, ids, [trajectories[i].spans for i in picked])
+        ids, spans = pad(ids).to(device), [trajectories[i].spans for i in picked]
+        h = prm(ids)  # (B, S, D)
         q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in picked])).to(device) for k in (0, 1))
-        loss = bce_loss(f, q_hat, weight)
-        return loss, {"loss": loss.detach(), "excess": loss.detach() - label_entropy(q_hat, weight)}
+        loss = bce_loss(scores_at_actions(prm, h, spans), q_hat, weight)
+        metrics = {"loss": loss.detach(), "excess": loss.detach() - label_entropy(q_hat, weight)}
+        if obs_weight:
+            answers = answers_loss(prm, h, ids, spans)
+            metrics["answers"] = answers.detach()
+            loss = loss + obs_weight * answers
+        return loss, metrics
 
     return optimise(prm, loss_of, steps, lr, state, name)
 
@@ -80,7 +97,8 @@ def score(prm, trajectories, batch=64):
     out = [None] * len(trajectories)
     for start in range(0, len(order), batch):
         picked = order[start:start + batch]
-        f = scores_at_actions(prm, [trajectories[i].ids for i in picked], [trajectories[i].spans for i in picked]).cpu().numpy()
+        h = prm(pad([trajectories[i].ids for i in picked]).to(prm.cos.device))
+        f = scores_at_actions(prm, h, [trajectories[i].spans for i in picked]).cpu().numpy()
         for i, part in zip(picked, np.split(f, np.cumsum([len(trajectories[i]) for i in picked])[:-1])):
             out[i] = part
     return out

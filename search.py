@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo import Tree
+from dpo import Tree, first_of_each
 from rollout import branch
 
 
@@ -20,10 +20,3 @@ def best_of_n(prm, n):
 
     return choose
 
-
-def first_of_each(things, name):
-    """Drop duplicates by name(thing), keeping the order."""
-    kept = {}
-    for thing in things:
-        kept.setdefault(name(thing), thing)
-    return list(kept.values())

@@ -5,6 +5,9 @@
 
 Demonstrations are cheap here (a fast world, a fast expert), so every one is fresh and seen once; `--demos` counts them. Each
 is told with its instance numbers permuted, because copying "the number that was seen" is what a small model finds hardest.
+
+Before them come glances (`--glances`): single turns in which nothing but looking helps. Without them the question "is the
+wanted thing in view?" is answered by what is usual, and it takes many times the demonstrations to learn to look (LOG.md).
 """
 
 import sys
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from common import Parser, UserError, command_line, generator, optimise, pad, read_json, save_model, set_up_torch, write_json
 from env import AlfworldEnv
 from eval import evaluate_policy
-from expert import Expert, demonstrate, fit_prior
+from expert import Expert, demonstrate, fit_prior, parse_task
 from games import games_for, split_dev
 from model import Config, Transformer
 from tokenizer import PAD, Tokenizer, split_intro
@@ -68,32 +71,71 @@ def demonstrations(games, prior, tokenizer, numbers, *, seed, mistakes, obs_weig
     return out
 
 
+GLANCES = 40  # demonstrations a batch of glances is taken from
+
+
+def glances(games, prior, tokenizer, numbers, *, seed, mistakes, max_steps=12):
+    """Single turns of demonstrations, up to the first `take`: <task> … <obs> what is in view <act> take it, or look elsewhere.
+
+    What is usual is no help here: the wanted thing's name is exchanged for that of another, and numbers are any. Of looking
+    elsewhere only the verb is taught, for the way there depends on what a glance leaves out. -> [(ids, weights)]
+    """
+    env, out = AlfworldEnv(max_steps), []
+    wanted = sorted({parse_task(game.task).object for game in games})
+    for number in numbers:
+        rng = generator(seed, "glance", number)
+        game = games[rng.integers(len(games))]
+        demo = demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=max_steps)
+        task, _ = split_intro(demo.observation)
+        mine = parse_task(task).object
+        like = [name for name in wanted if len(tokenizer.instances(name)) == len(tokenizer.instances(mine))]  # the same numbers
+        other = like[rng.integers(len(like))]
+        for before, step in zip(demo.steps, demo.steps[1:]):
+            taking = step.action.startswith("take ")
+            if step.trained and "you see" in before.observation and taking == (f"a {mine} " in before.observation):
+                prompt, action = tokenizer.prompt(task, before.observation), tokenizer.action(step.action)
+                ids = tokenizer.swap_names(tokenizer.renumber(np.array(prompt + action), game.counts, rng, any_number=True), mine, other)
+                taught = len(action) if taking else 1
+                out.append((ids, np.repeat(np.float32([0, 1, 0]), [len(prompt), taught, len(action) - taught])))
+            if step.trained and taking:
+                break
+    return out
+
+
 def sft_loss(logits, targets, weights):
     """Weighted cross-entropy of next tokens: logits (B, S, V), targets and weights (B, S). -> scalar"""
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (loss * weights.flatten()).sum() / weights.sum()
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state, mistakes, obs_weight, max_steps, name="SFT", pool=8):
-    """Train on `demos` fresh demonstrations, each seen once. -> log"""
-    steps = max(1, demos // batch)
+def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state, mistakes, obs_weight, max_steps, glanced=0, name="SFT", pool=8):
+    """Train on glances at `glanced` demonstrations, then on `demos` fresh ones, each seen once. -> log"""
+    short = glanced // GLANCES  # updates on glances
+    steps = short + max(1, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     made = {}  # the pool of batches in use: sorted by length, so that a batch holds little padding
 
-    def loss_of(step):
+    def episodes_of(step):
         nonlocal made
+        if step < short:
+            return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), seed=seed, mistakes=mistakes)
+        step -= short
         if step not in made:
             first = step - step % pool
-            last = min(first + pool, steps)
+            last = min(first + pool, steps - short)
             episodes = demonstrations(games, prior, tokenizer, range(first * batch, last * batch), seed=seed, mistakes=mistakes,
                                       obs_weight=obs_weight, max_steps=max_steps)
             episodes = [(ids[:longest], weights[:longest]) for ids, weights in episodes]
             episodes.sort(key=lambda e: len(e[0]))
             order = generator(seed, "sft order", first).permutation(last - first)
             made = {first + i: episodes[j * batch:(j + 1) * batch] for i, j in enumerate(order)}
-        ids = pad([e[0] for e in made[step]], PAD).to(device)  # (B, S)
-        weights = pad([e[1] for e in made[step]], 0.0, torch.float32).to(device)
+        return made[step]
+
+    def loss_of(step):
+        episodes = episodes_of(step)
+        ids = pad([e[0] for e in episodes], PAD).to(device)  # (B, S)
+        weights = pad([e[1] for e in episodes], 0.0, torch.float32).to(device)
         logits = policy.logits(policy(ids[:, :-1]))
         loss = sft_loss(logits, ids[:, 1:], weights[:, 1:])
         taught = weights[:, 1:] == 1
@@ -107,7 +149,8 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--demos", type=int, default=24000, help="demonstrations, each seen once")
+    parser.add_argument("--demos", type=int, default=6000, help="demonstrations, each seen once")
+    parser.add_argument("--glances", type=int, default=12000, help="demonstrations before them of which only single turns are told")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
     parser.add_argument("--data", help="folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
@@ -116,7 +159,7 @@ def main():
     parser.add_argument("--episodes-per-game", type=int, default=2, help="episodes a game")
     parser.add_argument("--temperature", type=float, default=0.3, help="sampling temperature of the evaluation")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
-    parser.add_argument("--lr", type=float, default=6e-3, help="learning rate")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="learning rate")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
     parser.add_argument("--mistakes", type=float, default=0.15, help="chance of a mistake at a step, shown but not taught")
     parser.add_argument("--obs-weight", type=float, default=0.3, help="weight of observation tokens in the loss")
@@ -139,7 +182,7 @@ def main():
             torch.manual_seed(args.seed)
             policy = Transformer(Config(len(tokenizer)))
             train_sft(policy, tokenizer, train, prior, demos=demos, lr=args.lr, batch=args.batch, seed=args.seed, mistakes=args.mistakes,
-                      obs_weight=args.obs_weight, max_steps=args.max_steps, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+                      obs_weight=args.obs_weight, max_steps=args.max_steps, glanced=args.glances, state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
                                      max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")

@@ -64,18 +64,26 @@ class Tokenizer:
             self._instances[base] = np.array(ids, np.int64)
         return self._instances[base]
 
-    def renumber(self, ids, counts, rng):
+    def renumber(self, ids, counts, rng, any_number=False):
         """Another telling of the same episode: other instance numbers, consistently.
 
         ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The n instances of a name have their numbers
-        1 … n permuted, so that the right one is only to be had by looking what was seen. A name with instances outside the
-        vocabulary keeps its numbers.
+        1 … n permuted (`any_number`: get any of the numbers that this name has in the vocabulary), so that the right one is only
+        to be had by looking what was seen. A name with instances outside the vocabulary keeps its numbers.
         """
         table = np.arange(len(self))
         for base, n in sorted(counts.items()):
             known = self.instances(base)
-            if 1 < n <= len(known):
-                table[known[:n]] = rng.permutation(known[:n])
+            if (any_number or n > 1) and n <= len(known):
+                table[known[:n]] = rng.permutation(known if any_number else known[:n])[:n]
+        return table[ids]
+
+    def swap_names(self, ids, a, b):
+        """The same text with the base names a and b exchanged and numbers kept, as far as both have them."""
+        table = np.arange(len(self))
+        A, B = ([self.hf.token_to_id(f" {base}"), *self.instances(base)] for base in (a, b))
+        for x, y in zip(A, B):
+            table[[x, y]] = y, x
         return table[ids]
 
     def save(self, folder):

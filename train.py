@@ -56,7 +56,8 @@ def supervised(args, run, games):
             run.seed_torch("policy")
             policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context)).to(run.device)
             log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, lr=args.sft_lr, batch=args.sft_batch, seed=args.seed,
-                            mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, state=stage.state)
+                            mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, glanced=args.glances,
+                            state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
 
@@ -106,7 +107,7 @@ def process_reward_model(args, run, games, i, trajectories):
         table, test_table = q_table(fit, tokenizer, args.gamma), q_table(test, tokenizer, args.gamma)
         prm = policy.with_score_head()
         log = train_prm(prm, tokenizer, fit, labels_of(fit, table), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
-                        batch=args.prm_batch, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
+                        batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
         prm.eval()
         save_model(run.path / f"iter{i}/prm", prm, tokenizer)
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table), "visits": visit_statistics(table), "log": log})
@@ -121,7 +122,7 @@ def improve(args, run, games, i, trajectories):
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
         log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
-                         beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, seed=key(f"dpo {args.seed} {i}"),
+                         beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
@@ -140,7 +141,7 @@ def evaluate(args, run, i, split, games, episodes_per_game):
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 
-SMOKE = dict(games="generated", n_generated=120, min_gap=0.0, dev_games=16, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
+SMOKE = dict(games="generated", n_generated=120, min_gap=0.0, dev_games=16, glances=640, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
              iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
 
 
@@ -181,10 +182,11 @@ def parse_flags(argv=None):
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap")
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add(g, "--init", None, "start from this policy instead", metavar="DIR")
-    add(g, "--demos", 24000, "demonstrations, each seen once")
+    add(g, "--demos", 6000, "demonstrations, each seen once")
+    add(g, "--glances", 12000, "demonstrations before them of which only single turns are told, for the policy to learn to look")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
-    add(g, "--sft-lr", 6e-3, "learning rate")
+    add(g, "--sft-lr", 2.5e-3, "learning rate")
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
     add(g, "--rollout-temperature", 0.3, "sampling temperature of rollouts")
@@ -195,13 +197,15 @@ def parse_flags(argv=None):
     add(g, "--prm-lr", 2e-3, "learning rate")
     add(g, "--prm-epochs", 4.0, "passes over the labels")
     add(g, "--prm-batch", 32, "trajectories an update")
+    add(g, "--prm-obs-weight", 0.3, "weight of a second loss, on the world's answers to the actions")
     add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
     add(g, "--beta", 0.03, "weight of the KL to the reference")
-    add(g, "--pairs", 25000, "states an iteration at which two actions are sampled")
+    add(g, "--pairs", 25000, "states an iteration at which the policy proposes actions; the best and the worst make a pair")
+    add(g, "--proposals", 4, "actions it proposes at each (the paper: 2)")
     add(g, "--dpo-lr", 1e-4, "learning rate")
-    add(g, "--dpo-temperature", 0.7, "temperature at which the two are sampled, and of their log-probabilities")
+    add(g, "--dpo-temperature", 0.7, "temperature at which they are sampled, and of their log-probabilities")
     add(g, "--dpo-batch", 16, "trajectories an update")
     add(g, "--states-per-trajectory", 8, "states of each")
     add(g, "--min-gap", 0.05, "smallest difference of Q that makes a preference")
@@ -217,13 +221,15 @@ def parse_flags(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("prm_epochs", 1e-9, 1e9),
-                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("min_gap", 0, 1)):
+                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
     if args.demos < args.sft_batch:
         raise UserError(f"--demos {args.demos}: must be at least --sft-batch {args.sft_batch}")
     if args.rollouts <= args.rollouts_per_game:
         raise UserError(f"--rollouts {args.rollouts}: must be more than --rollouts-per-game {args.rollouts_per_game}, some games are held out of the labels")
+    if args.proposals < 2:
+        raise UserError(f"--proposals {args.proposals}: it takes two to compare")
     if args.context < 256:
         raise UserError(f"--context {args.context}: must be at least 256, to hold a first observation")
     return args

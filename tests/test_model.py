@@ -1,4 +1,4 @@
-"""The model equals transformers' Llama, its cache equals no cache, and a tree of branches equals separate sequences."""
+"""The model equals transformers' Qwen3, its cache equals no cache, and a tree of branches equals separate sequences."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_transformers_opens_a_saved_policy_with_equal_logits_and_greedy_text(sha
     policy, ids = random_model(**shape), random_ids(3, 40)
     save_model(tmp_path, policy, tokenizer())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert isinstance(theirs, transformers.LlamaForCausalLM)
+    assert isinstance(theirs, transformers.Qwen3ForCausalLM)
     ours = policy.logits(policy(ids))
     assert ours.std() > 0.5
     torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
@@ -49,23 +49,23 @@ def test_transformers_opens_a_saved_prm_with_equal_scores(shape, tmp_path):
     prm, ids = random_model(head="score", **shape), random_ids(3, 40)
     save_model(tmp_path, prm, tokenizer())
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path)
-    assert isinstance(theirs, transformers.LlamaForTokenClassification) and theirs.config.num_labels == 1
+    assert isinstance(theirs, transformers.Qwen3ForTokenClassification) and theirs.config.num_labels == 1
     torch.testing.assert_close(prm.scores(prm(ids)), theirs(ids).logits[..., 0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ("LlamaForCausalLM", "LlamaForTokenClassification"))
+@pytest.mark.parametrize("kind", ("Qwen3ForCausalLM", "Qwen3ForTokenClassification"))
 @torch.no_grad()
 def test_a_folder_saved_by_transformers_is_read(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = getattr(transformers, kind)(transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    theirs = getattr(transformers, kind)(transformers.Qwen3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         max_position_embeddings=128, rms_norm_eps=1e-3, tie_word_embeddings=True, num_labels=1, initializer_range=0.3,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0})).eval()
     theirs.save_pretrained(tmp_path)
     ours, ids = Transformer.load(tmp_path), torch.randint(300, (2, 100))
     h = ours(ids)
-    torch.testing.assert_close(ours.logits(h) if kind == "LlamaForCausalLM" else ours.scores(h)[..., None], theirs(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.logits(h) if kind == "Qwen3ForCausalLM" else ours.scores(h)[..., None], theirs(ids).logits, atol=1e-4, rtol=0)
 
 
 # --- one sequence, a batch, a cache, a tree ------------------------------------------------------------------------------

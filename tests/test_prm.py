@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import prm as prm_module
-from prm import batches, bce_loss, epoch_steps, label_entropy, report, score, scores_at_actions, train_prm
+from common import pad
+from prm import answers_loss, batches, bce_loss, epoch_steps, label_entropy, report, score, scores_at_actions, train_prm
 from qestimate import labels_of, q_table
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
 
@@ -53,8 +54,8 @@ def test_the_labels_entropy_is_the_least_loss_there_is():
 def test_one_pass_over_a_batch_scores_as_one_sequence_for_every_action():
     """The public code encodes prefix and action anew for every action; the score at the <end> of each must be the same."""
     model, trajectories = random_model(head="score"), [*played()[:6], *expert_trajectories()[:6]]
-    batch = scores_at_actions(model, [t.ids for t in trajectories], [t.spans for t in trajectories])
-    alone = torch.cat([scores_at_actions(model, [t.ids], [t.spans]) for t in trajectories])
+    scores = lambda part: scores_at_actions(model, model(pad([t.ids for t in part])), [t.spans for t in part])
+    batch, alone = scores(trajectories), torch.cat([scores([t]) for t in trajectories])
     separate = torch.stack([model.scores(model(torch.as_tensor(t.ids[:end], dtype=torch.long)[None]))[0, -1] for t in trajectories for _, end in t.spans])
     assert separate.std() > 0.1
     torch.testing.assert_close(batch, separate, atol=1e-4, rtol=0)
@@ -76,7 +77,7 @@ def test_a_batch_has_the_gradient_of_its_parts():
         total = sum(float(w.sum()) for _, w in labels)
         for part in parts:
             q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in part])) for k in (0, 1))
-            f = scores_at_actions(model, [trajectories[i].ids for i in part], [trajectories[i].spans for i in part])
+            f = scores_at_actions(model, model(pad([trajectories[i].ids for i in part])), [trajectories[i].spans for i in part])
             (bce_loss(f, q_hat, weight) * weight.sum() / total).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -141,9 +142,23 @@ def test_the_seed_names_the_training(tmp_path):
     assert torch.equal(weights[0], weights[1]) and log_a == log_b and not torch.equal(weights[0], weights[2])
 
 
+@torch.no_grad()
+def test_the_loss_on_answers_is_the_mean_over_what_the_world_said():
+    model, trajectories = random_model(head="score"), played()[:5]
+    ids = pad([t.ids for t in trajectories])
+    loss = answers_loss(model, model(ids), ids, [t.spans for t in trajectories])
+    said = []
+    for t in trajectories:
+        one = torch.as_tensor(t.ids, dtype=torch.long)
+        logp = model.logits(model(one[None]))[0].log_softmax(-1)
+        mine = {place for start, end in t.spans for place in range(start, end)}
+        said += [-logp[place - 1, one[place]] for place in range(int(t.spans[0, 0]), len(one)) if place not in mine]
+    torch.testing.assert_close(loss, torch.stack(said).mean())
+
+
 def test_every_pass_tells_other_numbers(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(prm_module, "scores_at_actions", lambda model, ids, spans: seen.append([tuple(i) for i in ids]) or scores_at_actions(model, ids, spans))
+    monkeypatch.setattr(prm_module, "pad", lambda ids: seen.append([tuple(i) for i in ids]) or pad(ids))
     trajectories, labels = toy()
     for renumber in (True, False):
         seen.clear()

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from env import AlfworldEnv
-from expert import Expert, demonstrate
-from sft import demonstration_tokens, demonstrations, sft_loss, train_sft, train_tokenizer
+from expert import Expert, demonstrate, parse_task
+from sft import demonstration_tokens, demonstrations, glances, sft_loss, train_sft, train_tokenizer
 from tiny import games, prior, random_model, tokenizer
 from tokenizer import ACT, END, OBS, TASK
 
@@ -104,3 +104,28 @@ def test_the_seed_names_the_training(tmp_path):
     runs = [train(tmp_path / str(i), 48, seed) for i, seed in enumerate((1, 1, 2))]
     weights = [torch.cat([p.detach().flatten() for p in policy.parameters()]) for policy, _ in runs]
     assert torch.equal(weights[0], weights[1]) and runs[0][1] == runs[1][1] and not torch.equal(weights[0], weights[2])
+
+
+def test_a_glance_teaches_to_take_what_is_wanted_where_it_is_in_view_and_only_there():
+    tok, takes, swapped = tokenizer(), 0, 0
+    told = glances(games(), prior(), tok, range(60), seed=0, mistakes=0.2)
+    tasks = {game.task for game in games()}
+    for ids, weights in told:
+        text = [tok.tokens[i] for i in ids]
+        obs, act = text.index("<obs>"), text.index("<act>")
+        task, view, action = ("".join(text[a:b]) for a, b in ((1, obs), (obs + 1, act), (act + 1, len(text) - 1)))
+        wanted = parse_task(task).object
+        assert list(ids).count(ACT) == list(ids).count(END) == 1 and not weights[:act + 1].any()
+        taking = action.startswith("take ")
+        assert taking == (f"a {wanted} " in view)
+        assert weights[act + 1:].tolist() == ([1] * (len(ids) - act - 1) if taking else [1] + [0] * (len(ids) - act - 2))
+        if taking:
+            assert action.split(" from ")[0].removeprefix("take ") in view and action.split()[1] == wanted
+        takes += taking
+        swapped += task not in tasks
+    assert takes > 10 and len(told) - takes > 10 and swapped > len(told) / 2
+
+
+def test_a_glance_is_named_by_its_number():
+    (first, _), *_ = glances(games(), prior(), tokenizer(), [7], seed=0, mistakes=0.1)
+    assert any(np.array_equal(first, ids) for ids, _ in glances(games(), prior(), tokenizer(), range(10), seed=0, mistakes=0.1))
