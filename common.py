@@ -124,7 +124,7 @@ def save_model(folder, model, tokenizer):
     model.save(temporary)
     tokenizer.save(temporary)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json"):
         os.replace(temporary / name, folder / name)
     temporary.rmdir()
 

@@ -4,7 +4,7 @@ At states of the rollouts the *current* policy proposes actions, a score picks t
 rejected, and DPO moves the policy against a frozen reference. All states of a trajectory, and all actions at each, share one
 forward pass: the trajectory is the trunk of a tree whose branches are the proposed actions.
 
-        <task> … <act> go to desk 1 <end> <obs> … <act> take pen 1 … <end>        trunk: causal
+        <task> … <act> go to desk 1 <end> You … <act> take pen 1 … <end>        trunk: causal
                      ├ go to bed 1 <end>                 ├ open desk 1 <end>      branches: see the trunk up to their <act>,
                      └ go to shelf 2 <end>               └ look <end>             and themselves
 """

@@ -149,7 +149,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--demos", type=int, default=6000, help="demonstrations, each seen once")
+    parser.add_argument("--demos", type=int, default=4500, help="demonstrations, each seen once")
     parser.add_argument("--glances", type=int, default=12000, help="demonstrations before them of which only single turns are told")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")

@@ -1,6 +1,9 @@
 """Text <-> token ids, and the transcript: one append-only token sequence an episode.
 
-    <task> put a mug in desk. <obs> You are in … <act> go to desk 1 <end> <obs> You arrive at … <act> …
+    <task> put a mug in desk. <obs> You are in … <act> go to desk 1 <end> You arrive at … <act> …
+
+The <end> of an action also opens the world's answer. So the place that predicts how the answer begins ("Nothing happens.",
+say) is the one where the PRM reads Q(s, a).
 
 Two things about the game text shape the vocabulary. A name and its number are one token (" desk 1"): small models that see
 them apart copy the name and guess the number (METHOD, "what is known about learning it"). And what stands between two names
@@ -45,11 +48,11 @@ class Tokenizer:
 
     def prompt(self, task, observation):
         """The tokens that open an episode, up to and including the <act> that asks for the first action."""
-        return (TASK, *self.encode(task), *self.turn(observation))
+        return (TASK, *self.encode(task), OBS, *self.turn(observation))
 
     def turn(self, observation):
         """The tokens between the <end> of one action and the first token of the next."""
-        return (OBS, *self.encode(observation), ACT)
+        return (*self.encode(observation), ACT)
 
     def action(self, command):
         """The tokens of an action, its <end> included."""
@@ -87,7 +90,9 @@ class Tokenizer:
         return table[ids]
 
     def save(self, folder):
+        """Write `tokenizer.json`, and `tokenizer_config.json`: without it transformers would take the vocabulary for Qwen's."""
         self.hf.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
 
     @classmethod
     def load(cls, folder):

@@ -141,8 +141,8 @@ def evaluate(args, run, i, split, games, episodes_per_game):
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 
-SMOKE = dict(games="generated", n_generated=120, min_gap=0.0, dev_games=16, glances=640, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256, dpo_batch=4,
-             iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=640, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256,
+             dpo_batch=4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
 
 
 def parse_flags(argv=None):
@@ -182,7 +182,7 @@ def parse_flags(argv=None):
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap")
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add(g, "--init", None, "start from this policy instead", metavar="DIR")
-    add(g, "--demos", 6000, "demonstrations, each seen once")
+    add(g, "--demos", 4500, "demonstrations, each seen once")
     add(g, "--glances", 12000, "demonstrations before them of which only single turns are told, for the policy to learn to look")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
@@ -195,16 +195,16 @@ def parse_flags(argv=None):
     add(g, "--gamma", 0.95, "discount")
     g = parser.add_argument_group("stage 2: PRM")
     add(g, "--prm-lr", 2e-3, "learning rate")
-    add(g, "--prm-epochs", 4.0, "passes over the labels")
-    add(g, "--prm-batch", 32, "trajectories an update")
-    add(g, "--prm-obs-weight", 0.3, "weight of a second loss, on the world's answers to the actions")
+    add(g, "--prm-epochs", 3.0, "passes over the labels")
+    add(g, "--prm-batch", 16, "trajectories an update")
+    add(g, "--prm-obs-weight", 1.0, "weight of a second loss, on the world's answers to the actions")
     add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
     add(g, "--beta", 0.03, "weight of the KL to the reference")
     add(g, "--pairs", 25000, "states an iteration at which the policy proposes actions; the best and the worst make a pair")
     add(g, "--proposals", 4, "actions it proposes at each (the paper: 2)")
-    add(g, "--dpo-lr", 1e-4, "learning rate")
+    add(g, "--dpo-lr", 3e-5, "learning rate")
     add(g, "--dpo-temperature", 0.7, "temperature at which they are sampled, and of their log-probabilities")
     add(g, "--dpo-batch", 16, "trajectories an update")
     add(g, "--states-per-trajectory", 8, "states of each")

@@ -201,6 +201,26 @@ def test_the_seed_names_the_training(tmp_path):
     assert not torch.equal(weights(runs[0][0]), weights(runs[2][0]))
 
 
+def test_a_pair_is_the_best_and_the_worst_of_the_distinct_proposals(tmp_path, monkeypatch):
+    shown, scored = [], []
+    logprobs = Tree.logprobs
+    monkeypatch.setattr(Tree, "logprobs", lambda tree, *a: shown.append(tree) or logprobs(tree, *a))
+
+    def score(tree):  # the sum of the action's tokens: as good as random, and seen again below
+        totals = torch.zeros(len(tree.end)).index_add(0, tree.token_branch, tree.ids[tree.token_row, tree.token_place].float())
+        scored.append(totals)
+        return totals
+
+    fit(tmp_path, score, pairs=96, proposals=6, lr=1e-9)
+    for totals, reference_pass, policy_pass in zip(scored, shown[0::2], shown[1::2]):
+        assert reference_pass is policy_pass
+        pairs = torch.zeros(len(policy_pass.end)).index_add(
+            0, policy_pass.token_branch, policy_pass.ids[policy_pass.token_row, policy_pass.token_place].float()).view(-1, 2)
+        assert (pairs[:, 0] > pairs[:, 1]).all() and len(pairs) < len(totals) / 2  # more than two were scored at some states
+        assert {*pairs.flatten().tolist()} <= {*totals.tolist()} and pairs.max() == totals.max() and pairs.min() == totals.min()
+    assert len(scored) == 3
+
+
 def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):
     policy, log = fit(tmp_path, lambda tree: torch.zeros(len(tree.end)), pairs=160)
     assert torch.equal(weights(policy), weights(taught())) and log[-1]["pairs/kept"] == 0 and log[-1]["pairs/differ"] > 0.1

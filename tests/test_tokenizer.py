@@ -56,8 +56,8 @@ def test_the_transcript_format():
     tok = tokenizer()
     ids = tok.prompt("put a mug in desk.", "You see nothing.") + tok.action("go to desk 1") + tok.turn("On the desk 1, you see a mug 2.")
     shown = "".join(tok.tokens[i] for i in ids)
-    assert shown == "<task>put a mug in desk.<obs>You see nothing.<act>go to desk 1<end><obs>On the desk 1, you see a mug 2.<act>"
-    assert [i for i in ids if i < len(SPECIAL)] == [TASK, OBS, ACT, END, OBS, ACT]
+    assert shown == "<task>put a mug in desk.<obs>You see nothing.<act>go to desk 1<end>On the desk 1, you see a mug 2.<act>"
+    assert [i for i in ids if i < len(SPECIAL)] == [TASK, OBS, ACT, END, ACT]
     assert tok.decode(ids) == re.sub("<[a-z]+>", "", shown)
 
 
