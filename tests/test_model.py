@@ -155,7 +155,7 @@ def test_saving_and_reading_keeps_every_bit(head, tmp_path):
     read, words = read_model(tmp_path / "model", head=head)
     assert torch.equal(read(ids), model(ids)) and read.config == model.config and words.tokens == tokenizer().tokens
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
-    assert sorted(f.name for f in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(f.name for f in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["eos_token_id"] == END and config["vocab_size"] == len(tokenizer())
 
