@@ -169,8 +169,8 @@ def main():
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(curve) < args.batch or args.batch < 1 or args.episodes_per_game < 1 or args.max_steps < 1:
-        raise UserError("--demos must be at least --batch, and --batch, --episodes-per-game and --max-steps at least 1")
+    if min(curve) < args.batch or args.batch < 1 or args.glances < 0 or args.episodes_per_game < 1 or args.max_steps < 1:
+        raise UserError("--demos must be at least --batch, and --batch, --episodes-per-game and --max-steps at least 1, --glances at least 0")
     set_up_torch()
     train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
     test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)

@@ -153,7 +153,7 @@ def parse_flags(argv=None):
     def add(group, flag, default, help, **kw):
         if type(default) in (int, float) and "type" not in kw:
             kw["type"] = type(default)
-        if kw.get("type", type(default)) is int and flag != "--seed":
+        if kw.get("type", type(default)) is int and flag not in ("--seed", "--glances"):
             small.append(flag[2:].replace("-", "_"))
         group.add_argument(flag, default=default, help=help, **kw)
 
@@ -220,7 +220,7 @@ def parse_flags(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
-                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("prm_epochs", 1e-9, 1e9),
+                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
