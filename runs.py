@@ -134,9 +134,9 @@ def estimate(args, run, games):
         return (time.monotonic() - start) / 3 / ids.numel()
 
     train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
-    # tokens of an episode: about 160 a demonstration, 250 a rollout; sampling a token costs about what training on it does
+    # tokens of an episode: about 160 a demonstration (60 of glances), 250 a rollout; sampling a token costs about what training on it does
     per_rollout = 250 * train
-    stages = {"SFT": args.demos * 160 * train * (not args.init),
+    stages = {"SFT": (args.demos * 160 + args.glances * 60) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
               "DPO": args.iters * args.pairs * 60 * train * 2,
