@@ -33,25 +33,27 @@ class Tree:
 
     trunks: list of (L,) id arrays. branches: list of (trunk number, start, action ids, forced), `start` being the place of the
     action in its trunk: a branch sees trunk[:start]. forced: the final <end> was not sampled and carries no log-probability.
+    Trunks are cut behind what their branches see, and those without branches left out, but for the trunk numbers in `whole`.
+    `rows`: the trunk number of each row.
     """
 
-    def __init__(self, trunks, branches, device="cpu"):
-        B, mine = len(trunks), [[] for _ in trunks]
+    def __init__(self, trunks, branches, device="cpu", whole=()):
+        mine = [[] for _ in trunks]
         for n, branch in enumerate(branches):
             mine[branch[0]].append(n)
-        reach = [max([branches[n][1] for n in m], default=0) for m in mine]  # no branch looks at the trunk beyond here
+        self.rows = [b for b, m in enumerate(mine) if m or b in whole]
         ids, positions, owner, limit = [], [], [], []
         self.end = [None] * len(branches)  # place of each branch's <end>
         token_branch, token_row, token_place, token_before = [], [], [], []
-        for b in range(B):
-            L = reach[b]
+        for row, b in enumerate(self.rows):
+            L = len(trunks[b]) if b in whole else max(branches[n][1] for n in mine[b])  # no branch looks at the trunk beyond here
             i, p = list(trunks[b][:L]), list(range(L))
             o, l = [-1] * L, [-1] * L  # trunk tokens: owner -1
             for n in mine[b]:
                 _, start, action, forced = branches[n]
                 for k, token in enumerate(action):
                     if not (forced and k == len(action) - 1):
-                        token_branch.append(n), token_row.append(b), token_place.append(len(i))
+                        token_branch.append(n), token_row.append(row), token_place.append(len(i))
                         token_before.append(len(i) - 1 if k else start - 1)  # whose hidden state predicts this token
                     i.append(token), p.append(start + k), o.append(n), l.append(start)
                 self.end[n] = len(i) - 1
@@ -62,19 +64,40 @@ class Tree:
         trunk = (owner == -1)[:, None, :]  # columns that are trunk
         causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
         self.mask = causal & ((owner[:, :, None] == owner[:, None, :]) | (trunk & (self.positions[:, None, :] < limit[:, :, None])))
-        self.end, self.row = to(self.end), to([branch[0] for branch in branches])
+        self.end, self.row = to(self.end), to([self.rows.index(branch[0]) for branch in branches])
         self.token_branch, self.token_row, self.token_place, self.token_before = map(to, (token_branch, token_row, token_place, token_before))
 
-    def logprobs(self, policy, temperature):
-        """Log-probability of each branch's action, summed over its sampled tokens: (branches,)."""
-        h = policy(self.ids, self.positions, self.mask)  # (B, S, D)
+    def hidden(self, model):
+        """(B, S, D): the trunks' tokens first, then those of their branches."""
+        return model(self.ids, self.positions, self.mask)
+
+    def logprobs(self, policy, temperature, h=None):
+        """Log-probability of each branch's action, summed over its sampled tokens: (branches,). h: the policy's `hidden`, if at hand."""
+        h = self.hidden(policy) if h is None else h
         logp = action_logprobs(policy.logits(h[self.token_row, self.token_before]), temperature)  # (tokens, V)
         logp = logp.gather(-1, self.ids[self.token_row, self.token_place][:, None])[:, 0]
         return logp.new_zeros(len(self.end)).index_add(0, self.token_branch, logp)
 
     def scores(self, prm):
         """The PRM's f of each branch's action: (branches,)."""
-        return prm.scores(prm(self.ids, self.positions, self.mask)[self.row, self.end])
+        return prm.scores(self.hidden(prm)[self.row, self.end])
+
+
+def imitation_loss(policy, h, ids, weights):
+    """Weighted cross-entropy of the trunks' own tokens: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar"""
+    row, place = weights[:, 1:].nonzero(as_tuple=True)  # place: of the token before
+    losses = F.cross_entropy(policy.logits(h[row, place]), ids[row, place + 1], reduction="none")
+    return (losses * weights[row, place + 1]).sum() / weights[row, place + 1].sum()
+
+
+def imitated(trajectory, obs_weight):
+    """How much each token of a rollout is imitated, (L,) float32: of a won one its admissible actions 1, the world's answers `obs_weight`."""
+    weights = np.zeros(len(trajectory.ids), np.float32)
+    if trajectory.won:
+        weights[trajectory.spans[0, 0]:] = obs_weight
+        for (start, end), wrong in zip(trajectory.spans, trajectory.inadmissible):
+            weights[start:end] = not wrong
+    return weights
 
 
 @torch.no_grad()
@@ -84,7 +107,8 @@ def propose(policy, tokenizer, trunks, states, n, temperature, names):
     names: integers that name the random numbers. -> list over states of n (action ids, forced).
     """
     device = policy.cos.device
-    lengths = np.array([len(t) for t in trunks])
+    lengths = np.array([max([start for b, start in states if b == n], default=1) for n in range(len(trunks))])  # no state sees more
+    trunks = [trunk[:length] for trunk, length in zip(trunks, lengths)]
     trunk_cache = Cache(policy.config, len(trunks), int(lengths.max()), device)
     rows = np.repeat(np.arange(len(trunks)), lengths)
     slots = np.concatenate([np.arange(l) for l in lengths])
@@ -98,45 +122,59 @@ def propose(policy, tokenizer, trunks, states, n, temperature, names):
 
 
 def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=8, min_gap=0.0, renumber=True, name="DPO"):
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, obs_weight=0.0, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
-    no preference and cost no backward pass.
+    no preference. `imitate`: weight of the likelihood of the trunks that won (`imitated`), which comes out of the same pass.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
 
-    def loss_of(step):
-        rng = generator(seed, "dpo", step)
-        picked = [trajectories[i] for i in rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)]
-        ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
-        states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked)
-                  for k in sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False))]
+    def preferences(step, ids, states, metrics):
+        """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
         sampled = propose(policy, tokenizer, ids, states, proposals, temperature, (seed, key("propose"), step))
         distinct = [first_of_each(drawn, lambda drawn: tokenizer.decode(drawn[0]).strip()) for drawn in sampled]
         branches = [(*state, *action) for state, drawn in zip(states, distinct) if len(drawn) > 1 for action in drawn]
         counts_of = [len(drawn) for drawn in distinct if len(drawn) > 1]
-        metrics = {"pairs/differ": len(counts_of) / len(states)}
+        metrics["pairs/differ"] = len(counts_of) / len(states)
         if not branches:
-            return None, metrics
+            return []
         with torch.no_grad():
             q = score(Tree(ids, branches, device)).float().cpu().split(counts_of)
-        ends = np.cumsum(counts_of)
-        order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(ends - counts_of, q) if f.max() - f.min() > min_gap]
-        gap = torch.stack([f.max() - f.min() for f in q])
-        metrics.update({"score/mean": torch.cat(q).mean(), "score/gap": gap.mean(), "pairs/kept": len(order) / len(states)})
-        if not order:
+        order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(np.cumsum(counts_of) - counts_of, q) if f.max() - f.min() > min_gap]
+        metrics.update({"score/mean": torch.cat(q).mean(), "score/gap": torch.stack([f.max() - f.min() for f in q]).mean(),
+                        "pairs/kept": len(order) / len(states)})
+        return [branches[i] for pair in order for i in pair]
+
+    def loss_of(step):
+        rng, metrics, loss = generator(seed, "dpo", step), {}, None
+        picked = [trajectories[i] for i in rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)]
+        ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
+        states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked)
+                  for k in sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False))]
+        branches = preferences(step, ids, states, metrics)
+        won = [b for b, t in enumerate(picked) if t.won and imitate]
+        if not branches and not won:
             return None, metrics
-        tree = Tree(ids, [branches[i] for pair in order for i in pair], device)  # chosen, rejected, chosen, …
-        with torch.no_grad():
-            ref = tree.logprobs(reference, temperature).view(-1, 2)
-        pi = tree.logprobs(policy, temperature).view(-1, 2)
-        losses, chosen, rejected = dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], beta)
-        metrics.update({"loss": losses.detach().mean(), "rewards/margins": (chosen - rejected).mean(),
-                        "rewards/accuracies": (chosen > rejected).float().mean(), "objective/kl": (pi.detach() - ref).mean()})
-        return losses.mean(), metrics
+        cut = Tree(ids, branches, device) if branches else None
+        tree = Tree(ids, branches, device, whole=won) if won else cut
+        h = tree.hidden(policy)  # (B, S, D)
+        if branches:
+            with torch.no_grad():
+                ref = cut.logprobs(reference, temperature).view(-1, 2)
+            pi = tree.logprobs(policy, temperature, h).view(-1, 2)
+            losses, chosen, rejected = dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], beta)
+            loss = losses.sum() / len(states)  # a state without a preference counts as one that is content
+            metrics.update({"loss": losses.detach().mean(), "rewards/margins": (chosen - rejected).mean(),
+                            "rewards/accuracies": (chosen > rejected).float().mean(), "objective/kl": (pi.detach() - ref).mean()})
+        if won:
+            weights = [imitated(picked[b], obs_weight) if b in won else np.zeros(1, np.float32) for b in tree.rows]
+            likelihood = imitation_loss(policy, h, tree.ids, pad(weights, dtype=torch.float32).to(device))
+            metrics["imitation"] = likelihood.detach()
+            loss = imitate * likelihood + (0 if loss is None else loss)
+        return loss, metrics
 
     return optimise(policy, loss_of, steps, lr, state, name)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common import Parser, UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
-from games import games_for, split_dev, write_games
+from games import game_flags, games_for, split_dev, write_games
 from generate import generate
 from rollout import rollout
 from search import best_of_n
@@ -102,9 +102,7 @@ def main():
     add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
-    add(what, "--split", "dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen", default="valid_seen")
-    add(what, "--data", "folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
-    add(what, "--games", "where games come from", default="auto", choices=("auto", "alfworld", "generated"))
+    game_flags(what, "valid_seen")
     add(what, "--n-generated", "how many generated games a split has", type=int, default=200, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
     add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)

@@ -22,7 +22,7 @@ import numpy as np
 
 from common import Parser, command_line
 from env import NOTHING_HAPPENS, AlfworldEnv
-from games import games_for, split_dev
+from games import game_flags, games_for, split_dev
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -321,9 +321,7 @@ def report(demos, max_steps):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--data", metavar="DIR", help="folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)")
-    parser.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
-    parser.add_argument("--split", default="valid_seen", help="dev, or a folder of the data: train, valid_seen, …")
+    game_flags(parser, "valid_seen")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
     parser.add_argument("--mistakes", type=float, default=0.0, help="chance that a mistake is played instead of the expert's action")
     parser.add_argument("--order-noise", type=float, default=0.0, help="disturbance of the search order, in log units")

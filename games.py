@@ -113,6 +113,13 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     return chosen, source
 
 
+def game_flags(group, split):
+    """The flags that say which games: the arguments of `games_for`, for an argparse parser or group. `split`: the default."""
+    group.add_argument("--data", metavar="DIR", help="folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)")
+    group.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
+    group.add_argument("--split", default=split, help="dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen")
+
+
 def write_games(games, out_dir, split):
     """Write pairs (id, data), as `generate` yields them, to out_dir/json_2.1.1/<split>/<id>/ -> how many.
 

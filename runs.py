@@ -45,6 +45,8 @@ class Stage:
         self.run, self.name, self.start = run, name, time.monotonic()
         self.record, self.state = run.path / f"{name}.json", run.path / f"{name}.state.safetensors"
         self.done = self.record.exists()
+        if self.done:
+            self.state.unlink(missing_ok=True)  # killed between the two lines of `finish`
 
     def finish(self, record):
         write_json(self.record, {"stage": self.name, **record})
@@ -134,12 +136,12 @@ def estimate(args, run, games):
         return (time.monotonic() - start) / 3 / ids.numel()
 
     train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
-    # tokens of an episode: about 160 a demonstration (60 of glances), 250 a rollout; sampling a token costs about what training on it does
+    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400; sampling a token costs about what training on it does
     per_rollout = 250 * train
-    stages = {"SFT": (args.demos * 160 + args.glances * 60) * train * (not args.init),
+    stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * 2400) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
-              "DPO": args.iters * args.pairs * 60 * train * 2,
+              "DPO": args.iters * args.pairs / args.states_per_trajectory * 600 * train,
               "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
     total = sum(stages.values())
     show = lambda s: f"{s / 3600:.1f} h" if s > 5400 else f"{s / 60:.0f} min" if s > 90 else f"{s:.0f} s"
@@ -148,6 +150,7 @@ def estimate(args, run, games):
 
 def final_table(args, run):
     """Print π_0 … π_N on every split, choose the best on dev, write result.json and best/policy, best/prm."""
+    run.write_metrics()  # for a run killed before it had written its last line
     evals = {(int(f.parent.name[4:]), f.stem[5:]): read_json(f) for f in run.path.glob("iter*/eval-*.json")}
     iterations, splits = sorted({i for i, _ in evals}), sorted({s for _, s in evals}, key=lambda s: (s != "dev", s))
     best = max(iterations, key=lambda i: (evals[i, "dev"]["success"], -i))

@@ -1,13 +1,13 @@
 """π_0: supervised fine-tuning on demonstrations of the scripted expert.
 
-    python sft.py --demos 8000 --out runs/sft                       # train one π_0
-    python sft.py --curve 1000,2000,4000,8000 --out runs/sft-curve  # success against the number of demonstrations
+    python sft.py --demos 1000 --out runs/sft                       # train one π_0
+    python sft.py --curve 250,500,1000,2000 --out runs/sft-curve    # success against the number of demonstrations
 
-Demonstrations are cheap here (a fast world, a fast expert), so every one is fresh and seen once; `--demos` counts them. Each
-is told with its instance numbers permuted, because copying "the number that was seen" is what a small model finds hardest.
+What a small model needs is many updates, not many demonstrations: `--demos` of them are told again and again until `--updates`
+are done, each time with other instance numbers, because copying "the number that was seen" is what it finds hardest.
 
-Before them come glances (`--glances`): single turns in which nothing but looking helps. Without them the question "is the
-wanted thing in view?" is answered by what is usual, and it takes many times the demonstrations to learn to look (LOG.md).
+Before that come glances: single turns of the same demonstrations in which nothing but looking helps. Without them the question
+"is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md).
 """
 
 import sys
@@ -21,7 +21,7 @@ from common import Parser, UserError, command_line, generator, optimise, pad, re
 from env import AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior, parse_task
-from games import games_for, split_dev
+from games import game_flags, games_for, split_dev
 from model import Config, Transformer
 from tokenizer import PAD, Tokenizer, split_intro
 
@@ -58,24 +58,30 @@ def demonstration_tokens(demo, tokenizer, obs_weight):
     return np.array(ids), np.array(weights, np.float32)
 
 
-def demonstrations(games, prior, tokenizer, numbers, *, seed, mistakes, obs_weight, max_steps):
-    """Demonstrations by number: each a game in shuffled order (each once before any twice), played by the expert. -> [(ids, weights)]"""
+def demonstration(env, games, prior, number, seed, mistakes):
+    """Demonstration `number`: a game in shuffled order (each once before any twice), played by the expert. -> (Game, Demonstration)"""
+    lap, place = divmod(number, len(games))
+    game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
+    rng = generator(seed, "demo", number)
+    return game, demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=env.max_steps)
+
+
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps):
+    """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]"""
     env, out = AlfworldEnv(max_steps), []
     for number in numbers:
-        lap, place = divmod(number, len(games))
-        game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
-        rng = generator(seed, "demo", number)
-        demo = demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=max_steps)
+        time, place = divmod(number, demos)
+        game, demo = demonstration(env, games, prior, int(generator(seed, "telling", time).permutation(demos)[place]), seed, mistakes)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
-        out.append((tokenizer.renumber(ids, game.counts, rng), weights))
+        out.append((tokenizer.renumber(ids, game.counts, generator(seed, "numbers", number)), weights))
     return out
 
 
 GLANCES = 40  # demonstrations a batch of glances is taken from
 
 
-def glances(games, prior, tokenizer, numbers, *, seed, mistakes, max_steps=12):
-    """Single turns of demonstrations, up to the first `take`: <task> … <obs> what is in view <act> take it, or look elsewhere.
+def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_steps):
+    """Single turns of the demonstrations, up to the first `take`: <task> … <obs> what is in view <act> take it, or look elsewhere.
 
     What is usual is no help here: the wanted thing's name is exchanged for that of another, and numbers are any. Of looking
     elsewhere only the verb is taught, for the way there depends on what a glance leaves out. -> [(ids, weights)]
@@ -84,8 +90,7 @@ def glances(games, prior, tokenizer, numbers, *, seed, mistakes, max_steps=12):
     wanted = sorted({parse_task(game.task).object for game in games})
     for number in numbers:
         rng = generator(seed, "glance", number)
-        game = games[rng.integers(len(games))]
-        demo = demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=max_steps)
+        game, demo = demonstration(env, games, prior, int(rng.integers(demos)), seed, mistakes)
         task, _ = split_intro(demo.observation)
         mine = parse_task(task).object
         like = [name for name in wanted if len(tokenizer.instances(name)) == len(tokenizer.instances(mine))]  # the same numbers
@@ -108,24 +113,23 @@ def sft_loss(logits, targets, weights):
     return (loss * weights.flatten()).sum() / weights.sum()
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state, mistakes, obs_weight, max_steps, glanced=0, name="SFT", pool=8):
-    """Train on glances at `glanced` demonstrations, then on `demos` fresh ones, each seen once. -> log"""
-    short = glanced // GLANCES  # updates on glances
-    steps = short + max(1, demos // batch)
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, name="SFT", pool=8):
+    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more. -> log"""
+    steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     made = {}  # the pool of batches in use: sorted by length, so that a batch holds little padding
+    options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps)
 
     def episodes_of(step):
         nonlocal made
-        if step < short:
-            return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), seed=seed, mistakes=mistakes)
-        step -= short
+        if step < glanced:
+            return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
+        step -= glanced
         if step not in made:
             first = step - step % pool
-            last = min(first + pool, steps - short)
-            episodes = demonstrations(games, prior, tokenizer, range(first * batch, last * batch), seed=seed, mistakes=mistakes,
-                                      obs_weight=obs_weight, max_steps=max_steps)
+            last = min(first + pool, steps - glanced)
+            episodes = tellings(games, prior, tokenizer, range(first * batch, last * batch), obs_weight=obs_weight, **options)
             episodes = [(ids[:longest], weights[:longest]) for ids, weights in episodes]
             episodes.sort(key=lambda e: len(e[0]))
             order = generator(seed, "sft order", first).permutation(last - first)
@@ -149,13 +153,12 @@ def train_sft(policy, tokenizer, games, prior, *, demos, lr, batch, seed, state,
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--demos", type=int, default=4500, help="demonstrations, each seen once")
-    parser.add_argument("--glances", type=int, default=12000, help="demonstrations before them of which only single turns are told")
+    parser.add_argument("--demos", type=int, default=700, help="demonstrations")
+    parser.add_argument("--updates", type=int, default=500, help="updates at least; demonstrations are told again with other numbers")
+    parser.add_argument("--glances", type=int, default=300, help="updates before them on single turns of the demonstrations")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
-    parser.add_argument("--data", help="folder that holds json_2.1.1; without it $ALFWORLD_DATA, then alfworld's cache", metavar="DIR")
-    parser.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
-    parser.add_argument("--split", default="dev", help="where success is measured; dev is held out of train")
+    game_flags(parser, "dev")
     parser.add_argument("--episodes-per-game", type=int, default=2, help="episodes a game")
     parser.add_argument("--temperature", type=float, default=0.3, help="sampling temperature of the evaluation")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
@@ -169,8 +172,8 @@ def main():
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(curve) < args.batch or args.batch < 1 or args.glances < 0 or args.episodes_per_game < 1 or args.max_steps < 1:
-        raise UserError("--demos must be at least --batch, and --batch, --episodes-per-game and --max-steps at least 1, --glances at least 0")
+    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0:
+        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0")
     set_up_torch()
     train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
     test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)
@@ -181,8 +184,8 @@ def main():
         if not (folder / "eval.json").exists():
             torch.manual_seed(args.seed)
             policy = Transformer(Config(len(tokenizer)))
-            train_sft(policy, tokenizer, train, prior, demos=demos, lr=args.lr, batch=args.batch, seed=args.seed, mistakes=args.mistakes,
-                      obs_weight=args.obs_weight, max_steps=args.max_steps, glanced=args.glances, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+            train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
                                      max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")

@@ -55,8 +55,8 @@ def supervised(args, run, games):
             tokenizer = train_tokenizer(games.train, prior, args.seed)
             run.seed_torch("policy")
             policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context)).to(run.device)
-            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, lr=args.sft_lr, batch=args.sft_batch, seed=args.seed,
-                            mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, glanced=args.glances,
+            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, lr=args.sft_lr,
+                            batch=args.sft_batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
                             state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
@@ -123,7 +123,8 @@ def improve(args, run, games, i, trajectories):
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
         log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
-                         state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap, name=f"DPO {i}")
+                         state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
+                         imitate=args.imitate, obs_weight=args.obs_weight, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 
@@ -141,7 +142,7 @@ def evaluate(args, run, i, split, games, episodes_per_game):
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=640, demos=640, rollouts=96, rollouts_per_game=8, shard=48, pairs=256,
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=16, demos=160, sft_updates=40, sft_lr=1e-2, rollouts=96, rollouts_per_game=8, shard=48, pairs=256,
              dpo_batch=4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
 
 
@@ -160,7 +161,7 @@ def parse_flags(argv=None):
     g = parser.add_argument_group("run")
     add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
     add(g, "--rollouts", 70000, "episodes an iteration, in all")
-    add(g, "--rollouts-per-game", 16, "episodes of each game; games in shuffled order, each once before any twice")
+    add(g, "--rollouts-per-game", 4, "episodes of each game; games in shuffled order, each once before any twice")
     add(g, "--max-steps", 30, "actions after which an episode is cut")
     add(g, "--out", "runs/default", "the run directory; an existing one is continued", metavar="DIR")
     add(g, "--seed", 0, "names all randomness")
@@ -182,33 +183,35 @@ def parse_flags(argv=None):
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap")
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add(g, "--init", None, "start from this policy instead", metavar="DIR")
-    add(g, "--demos", 4500, "demonstrations, each seen once")
-    add(g, "--glances", 12000, "demonstrations before them of which only single turns are told, for the policy to learn to look")
+    add(g, "--demos", 700, "demonstrations")
+    add(g, "--sft-updates", 500, "updates at least; demonstrations are told again with other numbers")
+    add(g, "--glances", 300, "updates before them on single turns of the demonstrations, for the policy to learn to look")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
     add(g, "--sft-lr", 2.5e-3, "learning rate")
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
-    add(g, "--rollout-temperature", 0.3, "sampling temperature of rollouts")
+    add(g, "--rollout-temperature", 1.0, "sampling temperature of rollouts")
     add(g, "--slots", 128, "episodes in flight at once")
     add(g, "--shard", 1000, "episodes a shard, the unit of resuming")
     add(g, "--gamma", 0.95, "discount")
     g = parser.add_argument_group("stage 2: PRM")
     add(g, "--prm-lr", 2e-3, "learning rate")
-    add(g, "--prm-epochs", 3.0, "passes over the labels")
+    add(g, "--prm-epochs", 2.0, "passes over the labels")
     add(g, "--prm-batch", 16, "trajectories an update")
     add(g, "--prm-obs-weight", 1.0, "weight of a second loss, on the world's answers to the actions")
     add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
     add(g, "--beta", 0.03, "weight of the KL to the reference")
-    add(g, "--pairs", 25000, "states an iteration at which the policy proposes actions; the best and the worst make a pair")
+    add(g, "--pairs", 12500, "states an iteration at which the policy proposes actions; the best and the worst make a pair")
     add(g, "--proposals", 4, "actions it proposes at each (the paper: 2)")
-    add(g, "--dpo-lr", 3e-5, "learning rate")
-    add(g, "--dpo-temperature", 0.7, "temperature at which they are sampled, and of their log-probabilities")
+    add(g, "--dpo-lr", 2.5e-3, "learning rate")
+    add(g, "--dpo-temperature", 1.0, "temperature at which they are sampled, and of their log-probabilities")
     add(g, "--dpo-batch", 16, "trajectories an update")
-    add(g, "--states-per-trajectory", 8, "states of each")
-    add(g, "--min-gap", 0.05, "smallest difference of Q that makes a preference")
+    add(g, "--states-per-trajectory", 1, "states of each")
+    add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did, inadmissible actions left out; 0: DPO alone")
+    add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
     g = parser.add_argument_group("evaluation")
     add(g, "--eval-temperature", 0.3, "sampling temperature")
     add(g, "--dev-episodes", 2, "episodes a dev game")
@@ -221,11 +224,9 @@ def parse_flags(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
-                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1)):
+                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
-    if args.demos < args.sft_batch:
-        raise UserError(f"--demos {args.demos}: must be at least --sft-batch {args.sft_batch}")
     if args.rollouts <= args.rollouts_per_game:
         raise UserError(f"--rollouts {args.rollouts}: must be more than --rollouts-per-game {args.rollouts_per_game}, some games are held out of the labels")
     if args.proposals < 2:

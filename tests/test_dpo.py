@@ -9,8 +9,9 @@ import torch
 
 import dpo
 from common import pad, save_model
-from dpo import Tree, dpo_loss, online_dpo, propose
+from dpo import Tree, dpo_loss, imitated, imitation_loss, online_dpo, propose
 from rollout import MAX_ACTION, action_logprobs
+from sft import sft_loss
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
 from tokenizer import END, PAD
 
@@ -250,3 +251,50 @@ def test_beta_holds_the_policy_near_its_reference(tmp_path):
         with torch.no_grad():
             moved[beta] = (tree.logprobs(policy, 1.0) - tree.logprobs(taught(), 1.0)).abs().mean().item()
     assert moved[5.0] < 0.75 * moved[0.05]
+
+
+# --- imitation of what won -----------------------------------------------------------------------------------------------------------
+
+def test_of_a_won_rollout_what_the_world_accepted_is_imitated_and_of_a_lost_one_nothing():
+    seen = set()
+    for t in (*played(), *expert_trajectories()[:10]):
+        weights = imitated(t, 0.3)
+        seen.add((t.won, bool(t.inadmissible.any())))
+        if not t.won:
+            assert not weights.any()
+            continue
+        expected = np.full(len(t.ids), 0.3, np.float32)
+        expected[:t.spans[0, 0]] = 0
+        for (start, end), wrong in zip(t.spans, t.inadmissible):
+            expected[start:end] = 0 if wrong else 1
+        assert weights.tolist() == expected.tolist()
+    assert {won for won, _ in seen} == {True, False}
+
+
+def test_the_imitation_loss_is_sfts_with_branches_or_without():
+    model, (trunks, branches) = random_model(), some_branches()
+    w = torch.rand(len(trunks), max(map(len, trunks)), generator=torch.Generator().manual_seed(0))
+    for row, trunk in zip(w, trunks):
+        row[len(trunk):] = 0
+        row[:5] = 0
+    ids = pad(trunks)
+    expected = sft_loss(model.logits(model(ids)[:, :-1]), ids[:, 1:], w[:, 1:])
+    for tree in (Tree(trunks, branches, whole=range(len(trunks))), Tree(trunks, [], whole=range(len(trunks)))):
+        torch.testing.assert_close(imitation_loss(model, tree.hidden(model), tree.ids, w), expected, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_whole_trunk_changes_nothing_for_its_branches():
+    model, (trunks, branches) = random_model(), some_branches()
+    cut, whole = Tree(trunks, branches), Tree(trunks, branches, whole=[0, 2])
+    assert whole.ids.shape[1] > cut.ids.shape[1] and Tree(trunks, branches[:1], whole=[3]).rows == sorted({branches[0][0], 3})
+    torch.testing.assert_close(whole.logprobs(model, 0.7), cut.logprobs(model, 0.7), atol=2e-3, rtol=1e-4)
+
+
+def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
+    same = lambda tree: torch.zeros(len(tree.end))
+    policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, obs_weight=0.3, lr=1e-2)
+    assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]
+    both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1)
+    assert "loss" in log[-1] and "imitation" in log[-1]
+    assert share(taught(), "open") + 0.1 < share(both, "open")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import demonstration_tokens, demonstrations, glances, sft_loss, train_sft, train_tokenizer
+from sft import demonstration_tokens, glances, sft_loss, tellings, train_sft, train_tokenizer
 from tiny import games, prior, random_model, tokenizer
 from tokenizer import ACT, END, OBS, TASK
 
@@ -44,7 +44,7 @@ def test_the_loss_is_the_weighted_mean_of_torchs():
 
 
 def demos_of(numbers, seed=0, **options):
-    return demonstrations(games(), prior(), tokenizer(), numbers, seed=seed, **dict(mistakes=0.2, obs_weight=0.3, max_steps=30) | options)
+    return tellings(games(), prior(), tokenizer(), numbers, seed=seed, **dict(demos=10**6, mistakes=0.2, obs_weight=0.3, max_steps=30) | options)
 
 
 def test_a_demonstration_is_named_by_its_number():
@@ -60,13 +60,24 @@ def test_every_game_is_shown_once_before_any_twice():
     words = lambda text: "".join(c for c in text if not c.isdigit())
     shown = lambda ids: words(tokenizer().decode(ids[:np.argmax(ids == ACT)]))
     of_game = sorted(words(tokenizer().decode(tokenizer().prompt(game.task, AlfworldEnv().reset(game)[0].split("\n\n")[1]))) for game in games())
-    laps = [[shown(ids) for ids, _ in demos_of(range(lap * len(games()), (lap + 1) * len(games())))] for lap in range(2)]
-    assert sorted(laps[0]) == sorted(laps[1]) == of_game and laps[0] != laps[1]
+    n = len(games())
+    both = [shown(ids) for ids, _ in demos_of(range(2 * n), demos=2 * n)]
+    assert sorted(both) == sorted(2 * of_game)
+    assert sorted(shown(ids) for ids, _ in demos_of(range(n), demos=n)) == of_game
+
+
+def test_demonstrations_are_told_again_in_another_order_with_other_numbers():
+    words = lambda ids: "".join(c for c in tokenizer().decode(ids) if not c.isdigit())
+    tellings = [demos_of(range(12 * time, 12 * (time + 1)), demos=12) for time in range(3)]
+    texts = [[words(ids) for ids, _ in told] for told in tellings]
+    assert sorted(texts[0]) == sorted(texts[1]) == sorted(texts[2]) and texts[0] != texts[1] != texts[2]
+    numbered = [{tokenizer().decode(ids) for ids, _ in told} for told in tellings]
+    assert len(numbered[0] & numbered[1]) < 12
 
 
 def test_the_same_game_is_told_with_other_numbers_each_time():
-    told = [tokenizer().decode(ids[:np.argmax(ids == ACT)]) for ids, _ in demonstrations(
-        games()[:1], prior(), tokenizer(), range(6), seed=0, mistakes=0, obs_weight=0.3, max_steps=30)]
+    told = [tokenizer().decode(ids[:np.argmax(ids == ACT)]) for ids, _ in tellings(
+        games()[:1], prior(), tokenizer(), range(6), demos=3, seed=0, mistakes=0, obs_weight=0.3, max_steps=30)]
     assert len(set(told)) == 6 and len({"".join(c for c in text if not c.isdigit()) for text in told}) == 1
 
 
@@ -81,14 +92,14 @@ def test_the_vocabulary_has_every_name_with_every_number_of_the_games():
     assert train_tokenizer(games(), prior(), seed=0, sample=3).tokens == tok.tokens
 
 
-def train(tmp_path, demos, seed=0):
+def train(tmp_path, demos, seed=0, updates=1):
     policy = random_model(scale=0.1)
-    log = train_sft(policy, tokenizer(), games(), prior(), demos=demos, lr=1e-2, batch=8, seed=seed, state=tmp_path / "state", mistakes=0.1, obs_weight=0.3, max_steps=20)
+    log = train_sft(policy, tokenizer(), games(), prior(), demos=demos, updates=updates, glanced=0, lr=1e-2, batch=8, seed=seed, state=tmp_path / "state", mistakes=0.1, obs_weight=0.3, max_steps=20)
     return policy, log
 
 
 def test_actions_are_learned(tmp_path):
-    _, log = train(tmp_path, 400)
+    _, log = train(tmp_path, 40, updates=50)
     assert log[-1]["accuracy"] > 0.4 > log[0]["accuracy"] + 0.3 and log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert log[-1]["step"] == 50
 
@@ -96,8 +107,8 @@ def test_actions_are_learned(tmp_path):
 def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
     policy = random_model(context=150)
     assert max(len(ids) for ids, _ in demos_of(range(16))) > 151
-    log = train_sft(policy, tokenizer(), games(), prior(), demos=16, lr=1e-3, batch=8, seed=0, state=tmp_path / "state", mistakes=0.2, obs_weight=0.3, max_steps=30)
-    assert log[-1]["step"] == 2
+    log = train_sft(policy, tokenizer(), games(), prior(), demos=16, updates=1, glanced=1, lr=1e-3, batch=8, seed=0, state=tmp_path / "state", mistakes=0.2, obs_weight=0.3, max_steps=30)
+    assert log[-1]["step"] == 3
 
 
 def test_the_seed_names_the_training(tmp_path):
@@ -108,7 +119,7 @@ def test_the_seed_names_the_training(tmp_path):
 
 def test_a_glance_teaches_to_take_what_is_wanted_where_it_is_in_view_and_only_there():
     tok, takes, swapped = tokenizer(), 0, 0
-    told = glances(games(), prior(), tok, range(60), seed=0, mistakes=0.2)
+    told = glances(games(), prior(), tok, range(60), demos=40, seed=0, mistakes=0.2, max_steps=30)
     tasks = {game.task for game in games()}
     for ids, weights in told:
         text = [tok.tokens[i] for i in ids]
@@ -127,5 +138,6 @@ def test_a_glance_teaches_to_take_what_is_wanted_where_it_is_in_view_and_only_th
 
 
 def test_a_glance_is_named_by_its_number():
-    (first, _), *_ = glances(games(), prior(), tokenizer(), [7], seed=0, mistakes=0.1)
-    assert any(np.array_equal(first, ids) for ids, _ in glances(games(), prior(), tokenizer(), range(10), seed=0, mistakes=0.1))
+    told = lambda numbers: [ids.tolist() for ids, _ in glances(games(), prior(), tokenizer(), numbers, demos=9, seed=0, mistakes=0.1, max_steps=30)]
+    apart = [ids for number in range(10) for ids in told([number])]
+    assert apart == told(range(10)) and len(apart) > 10

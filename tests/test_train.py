@@ -18,7 +18,7 @@ from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
 from train import main as train_main
 from train import parse_flags
 
-TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--rollouts", "24", "--rollouts-per-game", "4", "--shard", "12",
+TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--rollouts-per-game", "4", "--shard", "12",
         "--pairs", "64", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
 
 
@@ -185,6 +185,16 @@ def test_whatever_is_missing_is_made_again_and_equal(run, lost, tmp_path):
     assert differences(run[0], folder) == []
 
 
+def test_a_run_killed_between_a_stages_record_and_its_tidying_up_ends_as_an_undisturbed_one(run, tmp_path):
+    folder = copy_of(run, tmp_path)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    for name in ("iter1/prm", "iter2/dpo"):
+        (folder / f"{name}.state.safetensors").write_bytes(b"left over")
+    finish(folder, TINY)
+    assert differences(run[0], folder) == []
+
+
 def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run, monkeypatch, capsys):
     folder, _, _ = run
     before = files(folder)
@@ -211,7 +221,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--ref", "best"), ("--ref", "best")),
     (("--threads", "-3"), ("--threads",)),
     (("--smok",), ("--smok",)),
-    (("--demos", "3"), ("--demos", "--sft-batch")),
+    (("--demos", "0"), ("--demos 0", "at least 1")),
     (("--heads", "3"), ("heads 3",)),
     (("--context", "60"), ("--context",)),
     (("--n-generated", "3"), ("--n-generated",)),

@@ -62,7 +62,7 @@ def taught():
     torch.manual_seed(0)
     policy = Transformer(Config(len(tokenizer()), 32, 2, 4, 2, 64, 1024))
     with tempfile.TemporaryDirectory() as folder:
-        train_sft(policy, tokenizer(), games(), prior(), demos=1280, lr=1e-2, batch=16, seed=0, state=Path(folder, "state"), mistakes=0.15,
+        train_sft(policy, tokenizer(), games(), prior(), demos=1280, updates=1, glanced=0, lr=1e-2, batch=16, seed=0, state=Path(folder, "state"), mistakes=0.15,
                   obs_weight=0.3, max_steps=20)
     return policy
 
