@@ -161,7 +161,7 @@ def parse_flags(argv=None):
     g = parser.add_argument_group("run")
     add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
     add(g, "--rollouts", 70000, "episodes an iteration, in all")
-    add(g, "--rollouts-per-game", 4, "episodes of each game; games in shuffled order, each once before any twice")
+    add(g, "--rollouts-per-game", 16, "episodes of each game; games in shuffled order, each once before any twice")
     add(g, "--max-steps", 30, "actions after which an episode is cut")
     add(g, "--out", "runs/default", "the run directory; an existing one is continued", metavar="DIR")
     add(g, "--seed", 0, "names all randomness")

@@ -190,7 +190,7 @@ def share(policy, words):
 def test_the_policy_learns_to_say_what_the_score_prefers(tmp_path):
     policy, log = fit(tmp_path, begins_with("open"))
     assert share(policy, "open") > 0.3 + share(taught(), "open")
-    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.1) and log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.05
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.1) and np.mean([entry["rewards/margins"] for entry in log[-5:]]) > log[0]["rewards/margins"] + 0.03
     assert np.mean([entry["rewards/accuracies"] for entry in log[-5:]]) > 0.6
     policy, _ = fit(tmp_path, lambda tree: -begins_with("go to")(tree), seed=1, pairs=640)  # and to avoid what it does not
     assert share(policy, "go to") < 0.5 * share(taught(), "go to")

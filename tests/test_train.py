@@ -19,7 +19,7 @@ from train import main as train_main
 from train import parse_flags
 
 TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--rollouts-per-game", "4", "--shard", "12",
-        "--pairs", "64", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
+        "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
