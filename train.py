@@ -67,9 +67,9 @@ def roll_out(args, run, games, i):
     with run.stage(f"iter{i}/rollouts") as stage:
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         order = generator(args.seed, "games", i).permutation(len(games.train))
-        n = -(-args.rollouts // args.rollouts_per_game)
-        todo = [(games.train[order[g % len(order)]], g // len(order) * args.rollouts_per_game + k)
-                for g in range(n) for k in range(args.rollouts_per_game)][:args.rollouts]
+        each = episodes_of_each_game(args)
+        todo = [(games.train[order[g % len(order)]], g // len(order) * each + k)
+                for g in range(-(-args.rollouts // each)) for k in range(each)][:args.rollouts]
         trajectories = []
         with tqdm(total=len(todo), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
             for start in range(0, len(todo), args.shard):  # a shard is the same whoever plays it, and whenever
@@ -92,6 +92,11 @@ def roll_out(args, run, games, i):
                           "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
                           "q_hat_check": held_out_check(trajectories, tokenizer, args.gamma)})
         return trajectories
+
+
+def episodes_of_each_game(args):
+    """--rollouts-per-game, or fewer where --rollouts would not reach --min-games games that way: 16 of 70,000, 4 of 4,000."""
+    return max(1, min(args.rollouts_per_game, args.rollouts // args.min_games))
 
 
 def process_reward_model(args, run, games, i, trajectories):
@@ -142,8 +147,8 @@ def evaluate(args, run, i, split, games, episodes_per_game):
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=16, demos=160, sft_updates=40, sft_lr=1e-2, rollouts=96, rollouts_per_game=8, shard=48, pairs=256,
-             dpo_batch=4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
+             dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
 
 
 def parse_flags(argv=None):
@@ -161,7 +166,8 @@ def parse_flags(argv=None):
     g = parser.add_argument_group("run")
     add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
     add(g, "--rollouts", 70000, "episodes an iteration, in all")
-    add(g, "--rollouts-per-game", 16, "episodes of each game; games in shuffled order, each once before any twice")
+    add(g, "--rollouts-per-game", 16, "episodes of each game, at most; games in shuffled order, each once before any twice")
+    add(g, "--min-games", 1000, "games an iteration plays at least: where --rollouts are few, there are fewer of each game", metavar="N")
     add(g, "--max-steps", 30, "actions after which an episode is cut")
     add(g, "--out", "runs/default", "the run directory; an existing one is continued", metavar="DIR")
     add(g, "--seed", 0, "names all randomness")
@@ -227,8 +233,8 @@ def parse_flags(argv=None):
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
-    if args.rollouts <= args.rollouts_per_game:
-        raise UserError(f"--rollouts {args.rollouts}: must be more than --rollouts-per-game {args.rollouts_per_game}, some games are held out of the labels")
+    if args.rollouts <= episodes_of_each_game(args):
+        raise UserError(f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels")
     if args.proposals < 2:
         raise UserError(f"--proposals {args.proposals}: it takes two to compare")
     if args.context < 256:

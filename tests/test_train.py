@@ -16,9 +16,9 @@ from qestimate import labels_of, q_table
 from rollout import load_trajectories
 from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
 from train import main as train_main
-from train import parse_flags
+from train import episodes_of_each_game, parse_flags
 
-TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--rollouts-per-game", "4", "--shard", "12",
+TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--min-games", "6", "--shard", "12",
         "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
 
 
@@ -213,7 +213,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--iters", "0"), ("--iters 0", "at least 1")),
     (("--iters", "two"), ("--iters", "two")),
     (("--rollouts", "1"), ("--rollouts",)),
-    (("--rollouts", "4", "--rollouts-per-game", "4"), ("--rollouts",)),  # one game: nothing to hold out
+    (("--rollouts", "4", "--min-games", "1"), ("--rollouts",)),  # one game: nothing to hold out
     (("--gamma", "1.5"), ("--gamma 1.5", "0 … 1")),
     (("--gamma", "nan"), ("--gamma",)),
     (("--seed", "-1"), ("--seed -1",)),
@@ -250,6 +250,12 @@ def test_the_defaults_are_the_contracts():
     assert parse_flags(["--smoke"]).rollouts < 1000 and parse_flags(["--smoke", "--rollouts", "5000"]).rollouts == 5000
     with pytest.raises(UserError):
         parse_flags(["--rollouts", "many"])
+
+
+@pytest.mark.parametrize("flags, each", (([], 16), (["--rollouts", "4000"], 4), (["--rollouts", "400"], 1), (["--rollouts", "400", "--min-games", "1"], 16),
+                                         (["--rollouts", "4000", "--rollouts-per-game", "3"], 3)))
+def test_few_rollouts_are_spread_over_many_games(flags, each):
+    assert episodes_of_each_game(parse_flags(flags)) == each
 
 
 @pytest.mark.parametrize("program", sorted(f.name for f in ROOT.glob("*.py") if '__name__ == "__main__"' in f.read_text()))
