@@ -117,7 +117,7 @@ def propose(policy, tokenizer, trunks, states, n, temperature, names):
     owner, start = np.array(states).T
     last = (lengths.cumsum() - lengths)[owner] + start - 1  # the <act> before the action
     names = np.stack([np.full(len(owner), name) for name in names] + [np.arange(len(owner))])
-    drawn = branch(policy, tokenizer, trunk_cache, owner, start, h[to(last)], n, names, temperature)
+    drawn = branch(policy, trunk_cache, owner, start, h[to(last)], n, names, temperature)
     return [[(action, forced) for action, _, forced in state] for state in drawn]
 
 

@@ -11,6 +11,7 @@ million parameters.
 """
 
 import json
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -124,31 +125,24 @@ class Transformer(nn.Module):
         Rows bring different numbers of tokens: the matrix multiplications run on the N tokens without padding, and only
         attention pads, to the longest.
         """
-        x = self.model["embed_tokens"](ids)  # (N, D)
-        used, start_of, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-        first = count.cumsum(0) - count
-        within = torch.arange(len(ids), device=ids.device) - first[start_of]
-        B, S, T = len(used), int(count.max()), int(slots.max()) + 1
-        whole = B == cache.rows  # every row takes part: no need to gather
-        seen = torch.arange(T, device=ids.device) <= slots.new_zeros(B, S).index_put((start_of, within), slots)[..., None]
-        kv = cache.k.shape[2]
-        seen = seen[:, None].repeat(1, 1, self.config.n_heads // kv, 1)  # (B, 1, G·S, T)
+        cache.reserve(int(slots.max()) + 1)
+        last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
+        if 2 * int(last.sum()) > cache.rows and not last.all():  # most rows decode: their attention needs no padding, nor copies of the cache
+            parts = [_Queries(self.config, cache, rows, slots, which.nonzero()[:, 0]) for which in (last, ~last)]
+        else:
+            parts = [_Queries(self.config, cache, rows, slots, torch.arange(len(ids), device=ids.device))]
 
         def attend_in(layer):
             def attend(q, k, v):  # (N, heads, head_dim)
                 cache.k[layer][rows, :, slots] = k
                 cache.v[layer][rows, :, slots] = v
-                keys, values = ((c[layer][:, :, :T] if whole else c[layer][used, :, :T]) for c in (cache.k, cache.v))
-                padded = q.new_zeros(B, S, *q.shape[1:])
-                padded[start_of, within] = q
-                # the G query heads that share a kv head become G·S queries of it: (B, kv, G·S, head_dim)
-                grouped = padded.unflatten(2, (kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-                o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
-                o = o.unflatten(2, (-1, S)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, S, heads, head_dim)
-                return o[start_of, within]
+                o = torch.empty_like(q)
+                for part in parts:
+                    o[part.tokens] = part.attend(q[part.tokens], cache.k[layer], cache.v[layer])
+                return o
             return attend
 
-        return self._run(x, self.cos[slots], self.sin[slots], attend_in)
+        return self._run(self.model["embed_tokens"](ids), self.cos[slots], self.sin[slots], attend_in)
 
     def _run(self, x, cos, sin, attend_in):
         for i, layer in enumerate(self.model["layers"]):
@@ -203,6 +197,30 @@ class Transformer(nn.Module):
         return model.to(device)
 
 
+class _Queries:
+    """Attention of some tokens (n,) of an `extend`, those of a row padded side by side, over the cached rows they belong to."""
+
+    def __init__(self, c, cache, rows, slots, tokens):
+        self.tokens, self.kv, rows, slots = tokens, c.n_kv_heads, rows[tokens], slots[tokens]
+        self.used, self.row, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
+        self.within = torch.arange(len(tokens), device=rows.device) - (count.cumsum(0) - count)[self.row]
+        self.B, self.S, self.T = len(self.used), int(count.max()), int(slots.max()) + 1
+        if 2 * self.B > cache.rows:  # to read the cache where it lies is cheaper than to copy half of it
+            self.B, self.row, self.used = cache.rows, rows, slice(None)
+        seen = torch.arange(self.T, device=rows.device) <= slots.new_zeros(self.B, self.S).index_put((self.row, self.within), slots)[..., None]
+        self.seen = seen[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)
+
+    def attend(self, q, k, v):
+        """q (n, heads, head_dim); k, v (rows, kv heads, length, head_dim) -> (n, heads, head_dim)"""
+        padded = q.new_zeros(self.B, self.S, *q.shape[1:])
+        padded[self.row, self.within] = q
+        # the G query heads that share a kv head become G·S queries of it: (B, kv, G·S, head_dim)
+        grouped = padded.unflatten(2, (self.kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        o = F.scaled_dot_product_attention(grouped, k[self.used, :, :self.T], v[self.used, :, :self.T], attn_mask=self.seen)
+        o = o.unflatten(2, (-1, self.S)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, S, heads, head_dim)
+        return o[self.row, self.within]
+
+
 class Cache:
     """Keys and values of `rows` sequences of up to `length` tokens: two tensors (layers, rows, kv heads, length, head_dim)."""
 
@@ -212,6 +230,18 @@ class Cache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = rows
 
+    def reserve(self, length, step=256):
+        """Grow to hold `length` tokens a row, in steps: zeros cost time, and most episodes are short."""
+        if length > self.k.shape[3]:
+            more = -(-length // step) * step - self.k.shape[3]
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+
+    def take(self, rows):
+        """A cache of some of the rows alone."""
+        other = copy(self)
+        other.k, other.v, other.rows = self.k[:, rows], self.v[:, rows], len(rows)
+        return other
+
     def read(self, row, length):
         """A copy of the first `length` places of a row."""
         return self.k[:, row, :, :length].clone(), self.v[:, row, :, :length].clone()
@@ -219,5 +249,6 @@ class Cache:
     def write(self, row, saved):
         """Start a row with what `read` returned."""
         k, v = saved
+        self.reserve(k.shape[2])
         self.k[:, row, :, :k.shape[2]] = k
         self.v[:, row, :, :v.shape[2]] = v

@@ -50,13 +50,17 @@ class Row:
     game: object
     episode: int
     key: int  # a number for the game, to name random numbers by
-    ids: list
-    feed: tuple  # tokens the model has not seen yet
+    ids: list  # all tokens so far; the cache holds a beginning of them
+    info: dict
+    start: int = 0  # where in ids the action being written begins
+    action_logp: float = 0.0
     spans: list = field(default_factory=list)
     logp: list = field(default_factory=list)
     forced: list = field(default_factory=list)
     inadmissible: list = field(default_factory=list)
-    info: dict = None
+
+    def __post_init__(self):
+        self.start = len(self.ids)
 
 
 @torch.no_grad()
@@ -66,29 +70,29 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
 
     temperature 0 is greedy. An episode is cut after `max_steps` actions or when it would outgrow the model's context.
     `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
-    `choose` takes the place of plain sampling (search.py); it leaves the cache and lengths as they are.
+    `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
+
+    Every turn of the loop feeds each row what its cache lacks, one sampled token or the world's answer, and samples one token: no
+    row waits for another to finish its action.
     """
-    device = policy.cos.device
     waiting = deque(episodes)
     slots = min(slots, len(waiting))
     left = {}  # game id -> episodes still to start, so that its prompt can be forgotten in time
     for game, _ in waiting:
         left[game.id] = left.get(game.id, 0) + 1
-    cache = Cache(policy.config, slots, policy.config.max_len, device)
-    prompts = {}  # game id -> (cached keys and values, prompt without its last token)
-    rows = [None] * slots
-    lengths = np.zeros(slots, dtype=np.int64)
-    envs = [make_env(max_steps) for _ in range(slots)]
+    cache = Cache(policy.config, slots, 0, policy.cos.device)
+    prompts = {}  # game id -> cached keys and values of its prompt without the last token
+    rows, envs = [None] * slots, [make_env(max_steps) for _ in range(slots)]
+    lengths = np.zeros(slots, dtype=np.int64)  # tokens in the cache
     while waiting or any(rows):
         started = []
-        for i in range(slots):
+        for i in range(len(rows)):
             if rows[i] is None and waiting:
                 game, episode = waiting.popleft()
                 intro, info = envs[i].reset(game)
-                ids = list(tokenizer.prompt(*split_intro(intro)))
-                if len(ids) + MAX_ACTION > policy.config.max_len:
-                    raise ValueError(f"{game.id}: the first observation ({len(ids)} tokens) does not fit a context of {policy.config.max_len}")
-                rows[i] = Row(envs[i], game, episode, key(game.id), ids, (ACT,), info=info)
+                rows[i] = Row(envs[i], game, episode, key(game.id), list(tokenizer.prompt(*split_intro(intro))), info)
+                if rows[i].start + MAX_ACTION > policy.config.max_len:
+                    raise ValueError(f"{game.id}: the first observation ({rows[i].start} tokens) does not fit a context of {policy.config.max_len}")
                 started.append(i)
         encode_prompts(policy, cache, [(i, rows[i].game.id, rows[i].ids[:-1]) for i in started], prompts)
         for i in started:
@@ -96,34 +100,48 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
             left[rows[i].game.id] -= 1
             if not left[rows[i].game.id]:
                 del prompts[rows[i].game.id]
-        live = np.array([i for i in range(slots) if rows[i]])
-        h = feed(policy, cache, live, lengths, [rows[i].feed for i in live])
-        names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans)) for i in live]).T
-        allowed = [rows[i].info["admissible_commands"] for i in live] if admissible else None
-        if choose:
-            actions, logps, forced = choose(policy, tokenizer, cache, live, lengths, h, names, temperature, [rows[i].ids for i in live])
-            longer = [j for j in range(len(live)) if len(actions[j]) > 1]
-            feed(policy, cache, live[longer], lengths, [actions[j][:-1] for j in longer])
-        else:
-            actions, logps, forced = sample_actions(policy, tokenizer, cache, live, lengths, h, names, temperature, allowed)
-        for i, action, logp, cut in zip(live, actions, logps, forced):
+        live = np.array([i for i in range(len(rows)) if rows[i]])
+        if 2 * len(live) <= len(rows):  # nothing left to start: close the ranks
+            rows, envs, lengths, cache = [rows[i] for i in live], [envs[i] for i in live], lengths[live], cache.take(live)
+            live = np.arange(len(rows))
+        h = feed(policy, cache, live, lengths, [rows[i].ids[lengths[i]:] for i in live])
+        write_on(policy, tokenizer, cache, rows, live, lengths, h, seed, temperature, admissible, choose)
+        for i in live:
             row = rows[i]
-            start = len(row.ids)
-            row.ids += action
-            row.spans.append((start, len(row.ids)))
-            row.logp.append(logp)
-            row.forced.append(cut)
-            observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(action))
+            action = row.ids[row.start:]
+            if action[-1] != END and len(action) < MAX_ACTION - 1:
+                continue
+            row.forced.append(action[-1] != END)
+            if row.forced[-1]:
+                row.ids.append(END)
+            row.spans.append((row.start, len(row.ids)))
+            row.logp.append(row.action_logp)
+            observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(row.ids[row.start:]))
             row.inadmissible.append(observation == NOTHING_HAPPENS)
             turn = tokenizer.turn(observation)
             truncated = truncated or (not won and len(row.ids) + len(turn) + MAX_ACTION > policy.config.max_len)
-            row.feed = (END, *turn)  # the cache holds the action without its <end>
             if won or truncated:
                 yield Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
                                  np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
                 rows[i] = None
             else:
                 row.ids += turn
+                row.start, row.action_logp = len(row.ids), 0.0
+
+
+def write_on(policy, tokenizer, cache, rows, live, lengths, h, seed, temperature, admissible, choose):
+    """Append the next token, or the action that `choose` gives, to every live row; h (B, D) is the state it is drawn from."""
+    names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans), len(rows[i].ids) - rows[i].start) for i in live]).T
+    if choose:
+        drawn = zip(*choose(policy, tokenizer, cache, live, lengths, h, names[:-1], temperature, [rows[i].ids for i in live]))
+        drawn = [(action[:-1] if forced else action, logp) for action, logp, forced in drawn]
+    else:
+        allowed = [continuations(tokenizer, rows[i].info["admissible_commands"], rows[i].ids[rows[i].start:]) for i in live] if admissible else None
+        tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
+        drawn = [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
+    for i, (tokens, logp) in zip(live, drawn):
+        rows[i].ids += tokens
+        rows[i].action_logp += logp
 
 
 def encode_prompts(policy, cache, started, prompts):
@@ -149,43 +167,49 @@ def feed(policy, cache, rows, lengths, tokens):
     return h[to(ends - 1)]
 
 
-def sample_actions(policy, tokenizer, cache, rows, lengths, h, names, temperature, allowed=None):
-    """Sample one action for each of the cache's `rows`, given the hidden state h (B, D) of the <act> before it.
+def sample_tokens(policy, h, names, temperature, allowed=None):
+    """Sample one action token a row, given hidden states h (B, D). -> ids (B,), log-probabilities (B,) at this temperature, in numpy.
 
-    names (k, B): integers that name each row's random numbers. -> ids per row (ending in <end>), their summed
-    log-probabilities at this temperature, and whether the <end> had to be forced. The cache gets all but the <end>.
+    names (k, B): integers that name each row's random number. allowed: a set of ids a row, or all.
     """
-    actions, logps = [[] for _ in rows], np.zeros(len(rows))
-    going = np.arange(len(rows))
+    logp = action_logprobs(policy.logits(h), temperature)  # (B, V)
     if allowed is not None:
-        allowed = [[tokenizer.action(c) for c in commands] for commands in allowed]
+        logp = constrain(logp, allowed)
+    if temperature == 0:
+        chosen = logp.argmax(-1)
+    else:
+        u = torch.from_numpy(uniform(*names)).to(logp.device)
+        cdf = logp.double().exp().cumsum(-1)
+        chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    return chosen.cpu().numpy(), logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
+
+
+def sample_actions(policy, cache, lengths, h, names, temperature):
+    """Sample one action in each row of the cache, given the hidden states h (B, D) of the <act> before it; names (k, B) as above.
+
+    -> ids per row (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. The cache gets all
+    but the <end>.
+    """
+    actions, logps = [[] for _ in lengths], np.zeros(len(lengths))
+    going = np.arange(len(lengths))
     for token in range(MAX_ACTION - 1):
-        logp = action_logprobs(policy.logits(h), temperature)  # (B, V)
-        if allowed is not None:
-            logp = constrain(logp, [{c[token] for c in allowed[j] if c[:token] == tuple(actions[j])} for j in going])
-        if temperature == 0:
-            chosen = logp.argmax(-1)
-        else:
-            u = torch.from_numpy(uniform(*names[:, going], token)).to(logp.device)
-            cdf = logp.double().exp().cumsum(-1)
-            chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        logps[going] += logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
-        chosen = chosen.cpu().numpy()
-        for j, c in zip(going, chosen):
-            actions[j].append(int(c))
+        chosen, logp = sample_tokens(policy, h, (*names[:, going], token), temperature)
+        logps[going] += logp
+        for j, c in zip(going, chosen.tolist()):
+            actions[j].append(c)
         on = chosen != END
         going, chosen = going[on], chosen[on]
         if not len(going):
             break
-        h = feed(policy, cache, rows[going], lengths, chosen[:, None])
-    forced = np.zeros(len(rows), dtype=bool)
+        h = feed(policy, cache, going, lengths, chosen[:, None])
+    forced = np.zeros(len(lengths), dtype=bool)
     forced[going] = True
     for j in going:
         actions[j].append(END)
     return actions, logps, forced
 
 
-def branch(policy, tokenizer, cache, owner, lengths, h, n, names, temperature):
+def branch(policy, cache, owner, lengths, h, n, names, temperature):
     """Sample n actions at each of B states without touching their cache: state j is the first lengths[j] places of row owner[j].
 
     h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
@@ -195,7 +219,7 @@ def branch(policy, tokenizer, cache, owner, lengths, h, n, names, temperature):
     copy = Cache(policy.config, len(rows), T + MAX_ACTION, policy.cos.device)
     copy.k[:, :, :, :T], copy.v[:, :, :, :T] = cache.k[:, rows, :, :T], cache.v[:, rows, :, :T]
     names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
-    drawn = list(zip(*sample_actions(policy, tokenizer, copy, np.arange(len(rows)), start, h.repeat_interleave(n, 0), names, temperature)))
+    drawn = list(zip(*sample_actions(policy, copy, start, h.repeat_interleave(n, 0), names, temperature)))
     return [drawn[i:i + n] for i in range(0, len(drawn), n)]
 
 
@@ -204,6 +228,12 @@ def action_logprobs(logits, temperature):
     logits = logits.float().clone()
     logits[..., [i for i in range(len(SPECIAL)) if i != END]] = -torch.inf
     return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+
+
+def continuations(tokenizer, commands, begun):
+    """The ids that continue an action so that it can still become one of the commands."""
+    actions = [tokenizer.action(c) for c in commands]
+    return {a[len(begun)] for a in actions if list(a[:len(begun)]) == begun}
 
 
 def constrain(logp, allowed):

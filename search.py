@@ -10,7 +10,7 @@ def best_of_n(prm, n):
     """Sample n actions, drop duplicates by text, take the one of highest Q; ties go to the first (P1, section 2.4)."""
 
     def choose(policy, tokenizer, cache, rows, lengths, h, names, temperature, histories):
-        drawn = branch(policy, tokenizer, cache, rows, lengths[rows], h, n, names, temperature)
+        drawn = branch(policy, cache, rows, lengths[rows], h, n, names, temperature)
         distinct = [first_of_each(state, lambda drawn: tokenizer.decode(drawn[0]).strip()) for state in drawn]
         branches = [(j, len(histories[j]), a, f) for j, state in enumerate(distinct) for a, _, f in state]
         q = Tree(histories, branches, policy.cos.device).scores(prm).cpu().numpy()

@@ -23,8 +23,8 @@ def candidates(monkeypatch):
     """Filled while playing: {(number of the game, episode, step): [(action, logp, forced)], as sampled}."""
     seen = {}
 
-    def note(policy, tok, cache, rows, lengths, h, n, names, temperature):
-        drawn = branch(policy, tok, cache, rows, lengths, h, n, names, temperature)
+    def note(policy, cache, rows, lengths, h, n, names, temperature):
+        drawn = branch(policy, cache, rows, lengths, h, n, names, temperature)
         seen.update({tuple(name[1:].tolist()): state for name, state in zip(names.T, drawn)})
         return drawn
 
