@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def set_up_torch(threads=None):
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
     except OSError:
         pass  # not glibc: nothing to tune
+
+
+def end_with(parent):
+    """Have the system kill this process when its parent ends, even by SIGKILL (Linux)."""
+    try:
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except OSError:
+        pass
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 # --- files, written whole and renamed into place -----------------------------------------------------------------------

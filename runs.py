@@ -57,6 +57,7 @@ class Stage:
 class Run:
     def __init__(self, args):
         self.path, self.device = Path(args.out), pick_device(args.device)
+        self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1  # processes that play rollouts
         flags = {k: v for k, v in vars(args).items()}
         config = self.path / "config.json"
         if config.exists():

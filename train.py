@@ -19,9 +19,10 @@ from expert import fit_prior
 from model import Config, Transformer
 from prm import report, train_prm
 from qestimate import held_out_check, labels_of, q_table, visit_statistics
-from rollout import load_trajectories, rollout, save_trajectories
+from rollout import load_trajectories, play_shards
 from runs import Run, estimate, final_table, load_games
 from sft import train_sft, train_tokenizer
+from tokenizer import Tokenizer
 
 
 def main():
@@ -65,32 +66,24 @@ def supervised(args, run, games):
 def roll_out(args, run, games, i):
     """Stage 1a: --rollouts episodes of π_{i−1}, shard by shard. -> all trajectories"""
     with run.stage(f"iter{i}/rollouts") as stage:
-        policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         order = generator(args.seed, "games", i).permutation(len(games.train))
         each = episodes_of_each_game(args)
         todo = [(games.train[order[g % len(order)]], g // len(order) * each + k)
                 for g in range(-(-args.rollouts // each)) for k in range(each)][:args.rollouts]
-        trajectories = []
-        with tqdm(total=len(todo), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
-            for start in range(0, len(todo), args.shard):  # a shard is the same whoever plays it, and whenever
-                file = run.path / f"iter{i}/rollouts/{start // args.shard:05d}.safetensors"
-                if not file.exists():
-                    shard = []
-                    for trajectory in rollout(policy, tokenizer, todo[start:start + args.shard], temperature=args.rollout_temperature,
+        shards = [(run.path / f"iter{i}/rollouts/{n:05d}.safetensors", todo[start:start + args.shard])
+                  for n, start in enumerate(range(0, len(todo), args.shard))]
+        if not all(file.exists() for file, _ in shards):
+            with tqdm(total=len(todo), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
+                for ended, won in play_shards(shards, run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
                                               seed=key(f"rollouts {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
-                        shard.append(trajectory)
-                        bar.update()
-                    save_trajectories(file, sorted(shard, key=lambda t: (t.game, t.episode)))
-                    trajectories += load_trajectories(file)
-                else:
-                    trajectories += load_trajectories(file)
-                    bar.update(len(todo[start:start + args.shard]))
-                bar.set_postfix(won=f"{sum(t.won for t in trajectories) / len(trajectories):.1%}")
+                    bar.update(ended - bar.n)
+                    bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
+        trajectories = [t for file, _ in shards for t in load_trajectories(file)]
         if not stage.done:
             actions = sum(map(len, trajectories))
             stage.finish({"episodes": len(trajectories), "success": sum(t.won for t in trajectories) / len(trajectories),
                           "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
-                          "q_hat_check": held_out_check(trajectories, tokenizer, args.gamma)})
+                          "q_hat_check": held_out_check(trajectories, Tokenizer.load(run.path / f"iter{i - 1}/policy"), args.gamma)})
         return trajectories
 
 

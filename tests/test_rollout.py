@@ -1,5 +1,6 @@
 """Rollouts: an episode does not depend on its neighbours, is sampled exactly, and is told as it happened."""
 
+import multiprocessing
 import random
 from collections import Counter
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import key, uniform
+from common import UserError, key, save_model, uniform
 from env import NOTHING_HAPPENS, AlfworldEnv
 from expert import Expert, demonstrate
-from rollout import MAX_ACTION, load_trajectories, rollout, save_trajectories
+from rollout import MAX_ACTION, load_trajectories, play_shards, rollout, save_trajectories
 from tiny import assert_same, games, play, played, prior, random_model, taught, tokenizer
 from tokenizer import END, SPECIAL, split_intro
 
@@ -234,3 +235,56 @@ def test_a_shard_is_read_as_it_was_written(tmp_path):
             assert (a.logp == b.logp).all() and a.ids.dtype == b.ids.dtype and a.spans.dtype == b.spans.dtype
             assert type(b.won) is bool and type(b.reward) is float and type(b.seed) is int and len(a) == len(b)
     assert [f.name for f in file.parent.iterdir()] == ["00000.safetensors"]
+
+
+# --- shards ------------------------------------------------------------------------------------------------------------------
+
+def shards(folder, n=3):
+    return [(folder / f"{k}.safetensors", [(game, k) for game in games()[:5]]) for k in range(n)]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a policy."""
+    folder = tmp_path_factory.mktemp("policy")
+    save_model(folder, taught(), tokenizer())
+    return folder
+
+
+OPTIONS = dict(temperature=0.7, seed=1, max_steps=6, slots=4)
+
+
+def test_a_shard_is_the_same_whoever_plays_it(saved, tmp_path):
+    """One process or two, with one thread or two, some shards there already."""
+    for name, workers in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        *_, (ended, won) = play_shards(shards(tmp_path / name), saved, "cpu", workers, **OPTIONS)
+        assert ended == 15
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    before = contents(tmp_path / "one")
+    assert list(play_shards(shards(tmp_path / "one"), saved, "cpu", 2, **OPTIONS)) == [[15, won]]  # nothing to do
+    (tmp_path / "one/1.safetensors").unlink()
+    torch.set_num_threads(2)
+    try:
+        first, *_, last = play_shards(shards(tmp_path / "one"), saved, "cpu", 1, **OPTIONS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert first[0] == 10 and last == [15, won] and contents(tmp_path / "one") == before
+
+
+def test_a_process_that_dies_ends_the_job(saved, tmp_path, monkeypatch):
+    playing = play_shards(shards(tmp_path, 6), saved, "cpu", 2, **OPTIONS)
+    next(playing), next(playing)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    workers[0].kill()
+    with pytest.raises(UserError, match="continues"):
+        list(playing)
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()

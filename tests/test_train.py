@@ -141,8 +141,8 @@ def test_dpo_starts_from_the_previous_policy_and_refers_to_it_or_to_the_first(ru
 def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
     shutil.rmtree(folder / "iter2/rollouts")
-    policy, _, episodes = capture(monkeypatch, folder, "iter2/rollouts", "rollout")
-    assert same(policy, read_model(folder / "iter1/policy")[0]) and len(episodes) == 12
+    shards, policy, *_ = capture(monkeypatch, folder, "iter2/rollouts", "play_shards")
+    assert policy == folder / "iter1/policy" and [len(episodes) for _, episodes in shards] == [12, 12]
 
 
 def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
