@@ -2,6 +2,9 @@
 
     python bench.py env                     # the text world against alfworld's own engine and against json.load
     python bench.py env --json bench.json   # the same, for machines too
+    python bench.py rollout --policy DIR    # episodes and decoding against transformers' generate on alfworld's engine
+    python bench.py prm --policy DIR        # labels of a trajectory in one pass against a sequence for each (s, a)
+    python bench.py dpo --policy DIR        # pairs as trees against TRL's DPOTrainer
 
 A ratio above 1 says that this repository is that many times better. Times are CPU times of one thread, so that what else runs
 on the machine matters little. Between machines compare ratios.
@@ -25,6 +28,7 @@ from time import process_time
 from tqdm import tqdm
 
 import env
+from bench_learning import bench_dpo, bench_prm, bench_rollout
 from common import Parser, command_line, write_json
 from env import TASK_TYPES, AlfworldEnv, Game
 from games import find_data, game_files, generate, write_games
@@ -180,13 +184,15 @@ def machine():
     return f"{cpu}, {cores} cores, Python {platform.python_version()}{packages}"
 
 
-BENCHES = {"env": bench_env}
+BENCHES = {"env": bench_env, "rollout": partial(bench_rollout, row=row), "prm": partial(bench_prm, row=row), "dpo": partial(bench_dpo, row=row)}
 
 
 def main():
     parser = Parser(__doc__, "%(prog)s PART [flags]")
     parser.add_argument("part", choices=BENCHES, help="what to measure")
     parser.add_argument("--data", metavar="DIR", help="folder with json_2.1.1 (default: $ALFWORLD_DATA or ~/.cache/alfworld, else games are generated)")
+    parser.add_argument("--policy", metavar="DIR", help="a trained policy, for all parts but env")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of both sides, for all parts but env")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     gc.collect()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model import Transformer
+from ranks import everyones, rank, sum_gradients
 from tokenizer import Tokenizer
 
 
@@ -128,7 +129,9 @@ def read_model(folder, device="cpu", head="lm"):
 
 
 def save_model(folder, model, tokenizer):
-    """Write a policy or PRM as a folder, whole: config.json (last) says that it is complete."""
+    """Write a policy or PRM as a folder, whole: config.json (last) says that it is complete. The first of several ranks does."""
+    if rank():
+        return
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
@@ -193,14 +196,16 @@ def optimisers(model, lr, weight_decay=0.01):
 
 
 def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, save_every=10.0, logs=20):
-    """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: number}). -> log
+    """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: (sum, count)}). -> log
 
     Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. `loss_of` must depend on
     nothing but the step and the weights: then a run killed and continued from the file `state` (written every `save_every`
-    seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches.
+    seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With
+    several ranks `loss_of` gives this rank's part of the loss.
     """
     optimizers = optimisers(model, lr)
     step, log, sums = _load_state(state, model, optimizers)
+    sums = {} if rank() else sums
     saved = time.monotonic()
     stretch = max(1, steps // logs)
     model.train()
@@ -208,27 +213,41 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, s
         while step < steps:
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = lr * min((step + 1) / max(1, warmup * steps), 1 - 0.9 * step / steps)
+            model.zero_grad(set_to_none=True)
             loss, metrics = loss_of(step)
             if loss is not None:
-                model.zero_grad(set_to_none=True)
                 loss.backward()
+            step += 1
+            learned, save = sum_gradients(model, loss is not None, rank() == 0 and (time.monotonic() - saved > save_every or step == steps))
+            if learned:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
                 for optimizer in optimizers:
                     optimizer.step()
-            step += 1
             bar.update()
-            for k, v in metrics.items():
-                total, n = sums.get(k, (0.0, 0))
-                sums[k] = (total + float(v), n + 1)
+            sums = _add_up([sums, metrics])
             if step % stretch == 0 or step == steps:
-                log.append({"step": step, **{k: total / n for k, (total, n) in sums.items()}})
+                log.append({"step": step, **{k: total / n for k, (total, n) in _add_up(everyones(sums)).items()}})
                 sums = {}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:5]})
-            if time.monotonic() - saved > save_every or step == steps:
-                _save_state(state, model, optimizers, step, log, sums)
+            if save:
+                everything = _add_up(everyones(sums))
+                sums = {}
+                if rank() == 0:
+                    sums = everything
+                    _save_state(state, model, optimizers, step, log, sums)
                 saved = time.monotonic()
     model.eval()
     return log
+
+
+def _add_up(parts):
+    """Dictionaries of (sum, count) -> one."""
+    out = {}
+    for part in parts:
+        for k, (total, n) in part.items():
+            before = out.get(k, (0.0, 0))
+            out[k] = (before[0] + float(total), before[1] + float(n))
+    return out
 
 
 def _save_state(path, model, optimizers, step, log, sums):

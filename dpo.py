@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common import generator, key, optimise, pad
 from model import Cache
+from ranks import mine, summed
 from rollout import action_logprobs, branch
 
 
@@ -83,11 +84,14 @@ class Tree:
         return prm.scores(self.hidden(prm)[self.row, self.end])
 
 
-def imitation_loss(policy, h, ids, weights):
-    """Weighted cross-entropy of the trunks' own tokens: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar"""
+def imitation_loss(policy, h, ids, weights, total=None):
+    """Weighted cross-entropy of the trunks' own tokens: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
+
+    total: the weight of the whole batch, where this is but a part of it.
+    """
     row, place = weights[:, 1:].nonzero(as_tuple=True)  # place: of the token before
     losses = F.cross_entropy(policy.logits(h[row, place]), ids[row, place + 1], reduction="none")
-    return (losses * weights[row, place + 1]).sum() / weights[row, place + 1].sum()
+    return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
 def imitated(trajectory, obs_weight):
@@ -101,10 +105,10 @@ def imitated(trajectory, obs_weight):
 
 
 @torch.no_grad()
-def propose(policy, tokenizer, trunks, states, n, temperature, names):
+def propose(policy, trunks, states, n, temperature, names):
     """Sample n actions at each state [(trunk number, start)], with the trunks encoded once.
 
-    names: integers that name the random numbers. -> list over states of n (action ids, forced).
+    names: integers, or arrays (states,) of them, that name the random numbers. -> list over states of n (action ids, forced).
     """
     device = policy.cos.device
     lengths = np.array([max([start for b, start in states if b == n], default=1) for n in range(len(trunks))])  # no state sees more
@@ -116,8 +120,7 @@ def propose(policy, tokenizer, trunks, states, n, temperature, names):
     h = policy.extend(to(np.concatenate(trunks).astype(np.int64)), to(rows), to(slots), trunk_cache)  # (tokens, D)
     owner, start = np.array(states).T
     last = (lengths.cumsum() - lengths)[owner] + start - 1  # the <act> before the action
-    names = np.stack([np.full(len(owner), name) for name in names] + [np.arange(len(owner))])
-    drawn = branch(policy, trunk_cache, owner, start, h[to(last)], n, names, temperature)
+    drawn = branch(policy, trunk_cache, owner, start, h[to(last)], n, np.stack([np.broadcast_to(name, len(owner)) for name in names]), temperature)
     return [[(action, forced) for action, _, forced in state] for state in drawn]
 
 
@@ -132,30 +135,36 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
 
-    def preferences(step, ids, states, metrics):
+    def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
-        sampled = propose(policy, tokenizer, ids, states, proposals, temperature, (seed, key("propose"), step))
+        sampled = propose(policy, ids, states, proposals, temperature, (seed, key("propose"), step, numbers))
         distinct = [first_of_each(drawn, lambda drawn: tokenizer.decode(drawn[0]).strip()) for drawn in sampled]
         branches = [(*state, *action) for state, drawn in zip(states, distinct) if len(drawn) > 1 for action in drawn]
         counts_of = [len(drawn) for drawn in distinct if len(drawn) > 1]
-        metrics["pairs/differ"] = len(counts_of) / len(states)
+        metrics["pairs/differ"] = (len(counts_of), len(states))
         if not branches:
             return []
         with torch.no_grad():
             q = score(Tree(ids, branches, device)).float().cpu().split(counts_of)
         order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(np.cumsum(counts_of) - counts_of, q) if f.max() - f.min() > min_gap]
-        metrics.update({"score/mean": torch.cat(q).mean(), "score/gap": torch.stack([f.max() - f.min() for f in q]).mean(),
-                        "pairs/kept": len(order) / len(states)})
+        metrics.update({"score/mean": (torch.cat(q).sum(), sum(counts_of)), "score/gap": (sum(f.max() - f.min() for f in q), len(q)),
+                        "pairs/kept": (len(order), len(states))})
         return [branches[i] for pair in order for i in pair]
 
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
         picked = [trajectories[i] for i in rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)]
         ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
-        states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked)
-                  for k in sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False))]
-        branches = preferences(step, ids, states, metrics)
-        won = [b for b, t in enumerate(picked) if t.won and imitate]
+        at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
+        weights = [imitated(t, obs_weight) * (imitate > 0) for t in picked]
+        total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in weights))  # of the batch; this rank has a part of it
+        first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
+        picked, ids, at, weights, first = map(mine, (picked, ids, at, weights, first))
+        if not picked:
+            return None, {}
+        states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked) for k in at[b]]
+        branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
+        won = [b for b, w in enumerate(weights) if w.any()]
         if not branches and not won:
             return None, metrics
         cut = Tree(ids, branches, device) if branches else None
@@ -166,13 +175,14 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
                 ref = cut.logprobs(reference, temperature).view(-1, 2)
             pi = tree.logprobs(policy, temperature, h).view(-1, 2)
             losses, chosen, rejected = dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], beta)
-            loss = losses.sum() / len(states)  # a state without a preference counts as one that is content
-            metrics.update({"loss": losses.detach().mean(), "rewards/margins": (chosen - rejected).mean(),
-                            "rewards/accuracies": (chosen > rejected).float().mean(), "objective/kl": (pi.detach() - ref).mean()})
+            loss = losses.sum() / total_states  # a state without a preference counts as one that is content
+            n = len(losses)
+            metrics.update({"loss": (losses.detach().sum(), n), "rewards/margins": ((chosen - rejected).sum(), n),
+                            "rewards/accuracies": ((chosen > rejected).sum(), n), "objective/kl": ((pi.detach() - ref).sum(), 2 * n)})
         if won:
-            weights = [imitated(picked[b], obs_weight) if b in won else np.zeros(1, np.float32) for b in tree.rows]
-            likelihood = imitation_loss(policy, h, tree.ids, pad(weights, dtype=torch.float32).to(device))
-            metrics["imitation"] = likelihood.detach()
+            rows = [weights[b] if b in won else np.zeros(1, np.float32) for b in tree.rows]
+            likelihood = imitation_loss(policy, h, tree.ids, pad(rows, dtype=torch.float32).to(device), total_weight)
+            metrics["imitation"] = summed(likelihood.detach())
             loss = imitate * likelihood + (0 if loss is None else loss)
         return loss, metrics
 

@@ -10,17 +10,21 @@ from torch.nn import functional as F
 
 from common import generator, optimise, pad
 from qestimate import pearson
+from ranks import mine, summed
 
 
-def bce_loss(f, q_hat, weight):
-    """Soft binary cross-entropy of Q = sigmoid(f) against Q̂ (P1, eq. 2), each (s, a) by its weight; all arguments (N,). -> scalar"""
-    return (weight * F.binary_cross_entropy_with_logits(f, q_hat, reduction="none")).sum() / weight.sum()
+def bce_loss(f, q_hat, weight, total=None):
+    """Soft binary cross-entropy of Q = sigmoid(f) against Q̂ (P1, eq. 2), each (s, a) by its weight; all arguments (N,). -> scalar
+
+    total: the weight of the whole batch, where this is but a part of it.
+    """
+    return (weight * F.binary_cross_entropy_with_logits(f, q_hat, reduction="none")).sum() / (weight.sum() if total is None else total)
 
 
-def label_entropy(q_hat, weight):
-    """What `bce_loss` cannot fall below: the labels' own entropy. -> scalar"""
+def label_entropy(q_hat, weight, total=None):
+    """What `bce_loss` cannot fall below: the labels' own entropy; arguments as there. -> scalar"""
     entropy = -(torch.xlogy(q_hat, q_hat) + torch.xlogy(1 - q_hat, 1 - q_hat))
-    return (weight * entropy).sum() / weight.sum()
+    return (weight * entropy).sum() / (weight.sum() if total is None else total)
 
 
 def scores_at_actions(prm, h, spans):
@@ -30,17 +34,22 @@ def scores_at_actions(prm, h, spans):
     return prm.scores(h[row, end])
 
 
-def answers_loss(prm, h, ids, spans):
-    """Cross-entropy of the world's answers, all tokens between one action and the next: h (B, S, D), ids (B, S). -> scalar
+def answers_of(spans):
+    """The places of the world's answers in a trajectory: all tokens between one action and the next. -> (tokens,)"""
+    return np.concatenate([np.arange(end, start) for (_, end), (start, _) in zip(spans[:-1], spans[1:])] or [np.empty(0, np.int64)])
+
+
+def answers_loss(prm, h, ids, spans, total=None):
+    """Cross-entropy of the world's answers: hidden states h (B, S, D), ids (B, S), spans list of (T, 2). -> scalar
 
     To tell what an action will bring is most of what there is to know about its value, and says more than a return does.
+    total: the answers' tokens in the whole batch, where this is but a part of it.
     """
-    answer = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, s in zip(answer, spans):
-        for (_, end), (start, _) in zip(s[:-1], s[1:]):
-            row[end:start] = True
-    answer = answer[:, 1:].to(h.device)
-    return F.cross_entropy(prm.logits(h[:, :-1][answer]), ids[:, 1:][answer])
+    places = [answers_of(s) for s in spans]
+    row = torch.from_numpy(np.repeat(np.arange(len(spans)), [len(p) for p in places])).to(h.device)
+    place = torch.from_numpy(np.concatenate(places)).to(h.device)
+    losses = F.cross_entropy(prm.logits(h[row, place - 1]), ids[row, place], reduction="sum")
+    return losses / max(1, len(place) if total is None else total)
 
 
 def batches(lengths, batch, rng, pool=8):
@@ -74,16 +83,20 @@ def train_prm(prm, tokenizer, trajectories, labels, counts, *, epochs, lr, batch
 
     def loss_of(step):
         rng = generator(seed, "prm numbers", step)
-        picked = plan[step]
-        ids = [tokenizer.renumber(trajectories[i].ids, counts[trajectories[i].game], rng) if renumber else trajectories[i].ids for i in picked]
-        ids, spans = pad(ids).to(device), [trajectories[i].spans for i in picked]
+        told = [tokenizer.renumber(trajectories[i].ids, counts[trajectories[i].game], rng) if renumber else trajectories[i].ids for i in plan[step]]
+        total = sum(float(labels[i][1].sum()) for i in plan[step])  # of the batch; this rank has a part of it
+        total_answers = sum(len(answers_of(trajectories[i].spans)) for i in plan[step])
+        picked, told = mine(plan[step]), mine(told)
+        if not told:
+            return None, {}
+        ids, spans = pad(told).to(device), [trajectories[i].spans for i in picked]
         h = prm(ids)  # (B, S, D)
         q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in picked])).to(device) for k in (0, 1))
-        loss = bce_loss(scores_at_actions(prm, h, spans), q_hat, weight)
-        metrics = {"loss": loss.detach(), "excess": loss.detach() - label_entropy(q_hat, weight)}
+        loss = bce_loss(scores_at_actions(prm, h, spans), q_hat, weight, total)
+        metrics = {"loss": summed(loss.detach()), "excess": summed(loss.detach() - label_entropy(q_hat, weight, total))}
         if obs_weight:
-            answers = answers_loss(prm, h, ids, spans)
-            metrics["answers"] = answers.detach()
+            answers = answers_loss(prm, h, ids, spans, total_answers)
+            metrics["answers"] = summed(answers.detach())
             loss = loss + obs_weight * answers
         return loss, metrics
 

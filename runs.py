@@ -23,6 +23,7 @@ from common import UserError, key, pick_device, read_json, write_file, write_jso
 from eval import paired_bootstrap
 from games import DataError, games_for, split_dev
 from model import Config, Transformer
+from ranks import first_says, rank, wait
 
 UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when a run is continued
 
@@ -44,14 +45,15 @@ class Stage:
     def __init__(self, run, name):
         self.run, self.name, self.start = run, name, time.monotonic()
         self.record, self.state = run.path / f"{name}.json", run.path / f"{name}.state.safetensors"
-        self.done = self.record.exists()
-        if self.done:
+        self.done = first_says(self.record.exists())
+        if self.done and rank() == 0:
             self.state.unlink(missing_ok=True)  # killed between the two lines of `finish`
 
     def finish(self, record):
-        write_json(self.record, {"stage": self.name, **record})
-        self.state.unlink(missing_ok=True)
-        self.run.write_metrics()
+        if rank() == 0:
+            write_json(self.record, {"stage": self.name, **record})
+            self.state.unlink(missing_ok=True)
+            self.run.write_metrics()
 
 
 class Run:
@@ -60,20 +62,22 @@ class Run:
         self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1  # processes that play rollouts
         flags = {k: v for k, v in vars(args).items()}
         config = self.path / "config.json"
-        if config.exists():
+        if first_says(config.exists()):
             old = read_json(config)["flags"]
             differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - set(UNCOMPARED)) if old.get(k) != flags.get(k)]
             if differ:
                 raise UserError(f"{self.path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
-        else:
+        elif rank() == 0:
             write_json(config, {"flags": flags, "command": " ".join(sys.argv), **provenance()})
+        wait()
 
     def note_data(self, source):
         """Record the games of the run; a continued run must have the same ones."""
         file = self.path / "data.json"
         if file.exists() and read_json(file) != source:
             raise UserError(f"{self.path} was started on other games ({read_json(file)}; now {source}): use another --out")
-        write_json(file, source)
+        if rank() == 0:
+            write_json(file, source)
 
     def seed_torch(self, name):
         """Name torch's own randomness (initial weights)."""
@@ -81,13 +85,13 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it is added up in state.json over all sittings."""
+        """A Stage; the time spent in it is added up in state.json over all sittings. Ranks begin and end it together."""
         stage = Stage(self, name)
-        done = stage.done
         try:
             yield stage
+            wait()
         finally:
-            if not done:
+            if not stage.done and rank() == 0:
                 file = self.path / "state.json"
                 state = read_json(file) if file.exists() else {"last": None, "seconds": {}}
                 state["seconds"][name] = round(state["seconds"].get(name, 0) + time.monotonic() - stage.start, 2)
@@ -151,6 +155,8 @@ def estimate(args, run, games):
 
 def final_table(args, run):
     """Print π_0 … π_N on every split, choose the best on dev, write result.json and best/policy, best/prm."""
+    if rank():
+        return
     run.write_metrics()  # for a run killed before it had written its last line
     evals = {(int(f.parent.name[4:]), f.stem[5:]): read_json(f) for f in run.path.glob("iter*/eval-*.json")}
     iterations, splits = sorted({i for i, _ in evals}), sorted({s for _, s in evals}, key=lambda s: (s != "dev", s))

@@ -23,6 +23,7 @@ from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior, parse_task
 from games import game_flags, games_for, split_dev
 from model import Config, Transformer
+from ranks import mine, summed
 from tokenizer import PAD, Tokenizer, split_intro
 
 
@@ -107,10 +108,10 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
     return out
 
 
-def sft_loss(logits, targets, weights):
-    """Weighted cross-entropy of next tokens: logits (B, S, V), targets and weights (B, S). -> scalar"""
+def sft_loss(logits, targets, weights, total=None):
+    """Weighted cross-entropy of next tokens: logits (B, S, V), targets and weights (B, S); `total`: the weight of the whole batch. -> scalar"""
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return (loss * weights.flatten()).sum() / weights.sum()
+    return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
 
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, name="SFT", pool=8):
@@ -138,13 +139,17 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
 
     def loss_of(step):
         episodes = episodes_of(step)
+        total = float(sum(weights[1:].sum() for _, weights in episodes))  # of the batch; this rank has a part of it
+        episodes = mine(episodes)
+        if not episodes:
+            return None, {}
         ids = pad([e[0] for e in episodes], PAD).to(device)  # (B, S)
         weights = pad([e[1] for e in episodes], 0.0, torch.float32).to(device)
         logits = policy.logits(policy(ids[:, :-1]))
-        loss = sft_loss(logits, ids[:, 1:], weights[:, 1:])
+        loss = sft_loss(logits, ids[:, 1:], weights[:, 1:], total)
         taught = weights[:, 1:] == 1
-        right = (logits.argmax(-1) == ids[:, 1:])[taught].float().mean()
-        return loss, {"loss": loss.detach(), "accuracy": right}
+        right = (logits.argmax(-1) == ids[:, 1:])[taught]
+        return loss, {"loss": summed(loss.detach()), "accuracy": (right.sum(), right.numel())}
 
     return optimise(policy, loss_of, steps, lr, state, name)
 

@@ -3,6 +3,7 @@
     python train.py --iters 3 --rollouts 70000             # the whole method; on two CPU cores an afternoon
     python train.py --iters 3 --rollouts 4000              # a small one
     python train.py --smoke                                # every stage, tiny, on generated games
+    torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs or machines
 
 One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i → improve π_{i−1} to π_i by online DPO.
 The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
@@ -12,6 +13,7 @@ import sys
 
 from tqdm import tqdm
 
+import ranks
 from common import Parser, UserError, command_line, generator, key, read_model, save_model, set_up_torch
 from dpo import online_dpo
 from eval import evaluate_policy
@@ -27,6 +29,7 @@ from tokenizer import Tokenizer
 
 def main():
     args = parse_flags()
+    ranks.join(args.out)
     set_up_torch(args.threads)
     run = Run(args)
     games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id
@@ -41,6 +44,7 @@ def main():
         for split, test in games.test.items():
             evaluate(args, run, i, split, test, args.episodes_per_game)
     final_table(args, run)
+    ranks.leave()
 
 
 def supervised(args, run, games):
@@ -72,12 +76,13 @@ def roll_out(args, run, games, i):
                 for g in range(-(-args.rollouts // each)) for k in range(each)][:args.rollouts]
         shards = [(run.path / f"iter{i}/rollouts/{n:05d}.safetensors", todo[start:start + args.shard])
                   for n, start in enumerate(range(0, len(todo), args.shard))]
-        if not all(file.exists() for file, _ in shards):
-            with tqdm(total=len(todo), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
-                for ended, won in play_shards(shards, run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
+        if not ranks.first_says(all(file.exists() for file, _ in shards)):
+            with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
+                for ended, won in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
                                               seed=key(f"rollouts {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
                     bar.update(ended - bar.n)
                     bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
+        ranks.wait()
         trajectories = [t for file, _ in shards for t in load_trajectories(file)]
         if not stage.done:
             actions = sum(map(len, trajectories))

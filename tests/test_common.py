@@ -100,7 +100,7 @@ def train(state, stop_at=(), save_every=0.0, steps=STEPS):
             calls.append(step)
             ids = torch.from_numpy(generator("data", step).integers(len(tokenizer()), size=(2, 12)))
             loss = -model.logits(model(ids[:, :-1])).log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
-            return (None if step % 7 == 3 else loss), {"loss": loss.detach(), **({"sometimes": step} if step % 3 == 0 else {})}
+            return (None if step % 7 == 3 else loss), {"loss": (loss.detach(), 1), **({"sometimes": (step, 1)} if step % 3 == 0 else {})}
 
         try:
             log = optimise(model, loss_of, steps, 3e-3, state, "test", save_every=save_every)
@@ -130,13 +130,13 @@ def test_a_finished_training_is_not_repeated(tmp_path):
 def test_skipped_steps_leave_the_weights_alone(tmp_path):
     model = random_model()
     before = copy.deepcopy(model.state_dict())
-    log = optimise(model, lambda step: (None, {"seen": 1}), 5, 1.0, tmp_path / "state", "test")
+    log = optimise(model, lambda step: (None, {"seen": (1, 1)}), 5, 1.0, tmp_path / "state", "test")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and log[-1] == {"step": 5, "seen": 1.0}
 
 
 def test_the_log_holds_means_over_stretches(tmp_path):
     model = random_model()
-    log = optimise(model, lambda step: (None, {"step number": step}), 12, 1e-3, tmp_path / "state", "test", logs=4)
+    log = optimise(model, lambda step: (None, {"step number": (2 * step, 2)}), 12, 1e-3, tmp_path / "state", "test", logs=4)
     assert log == [{"step": 3 * (i + 1), "step number": 3 * i + 1.0} for i in range(4)]
 
 

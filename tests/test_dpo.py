@@ -140,7 +140,7 @@ def test_the_logprobs_of_what_was_played_are_those_recorded():
 def test_greedy_proposals_are_the_most_probable_tokens_after_each_state():
     trunks = [t.ids for t in played()[:3]]
     states = [(b, int(played()[b].spans[k, 0])) for b in range(3) for k in (0, 4, 9)]
-    for (b, start), drawn in zip(states, propose(taught(), tokenizer(), trunks, states, 2, 0.0, (0,))):
+    for (b, start), drawn in zip(states, propose(taught(), trunks, states, 2, 0.0, (0,))):
         assert drawn[0] == drawn[1]
         action, forced = drawn[0]
         ids = torch.tensor([*trunks[b][:start].tolist(), *action])
@@ -152,10 +152,10 @@ def test_a_proposal_does_not_see_what_comes_after_its_state():
     """From the whole trajectory, or from what had happened by then, next to others or alone: the same proposals."""
     t, other = played()[0], played()[7]
     start = int(t.spans[5, 0])
-    draw = lambda trunks, states: propose(taught(), tokenizer(), trunks, states, 4, 1.0, (1, 2))[0]
+    draw = lambda trunks, states: propose(taught(), trunks, states, 4, 1.0, (1, 2, np.arange(len(states))))[0]
     assert draw([t.ids], [(0, start)]) == draw([t.ids[:start]], [(0, start)]) == draw([t.ids, other.ids], [(0, start), (1, int(other.spans[2, 0]))])
     assert len({tuple(a) for a, _ in draw([t.ids], [(0, start)])}) > 1
-    other_names = propose(taught(), tokenizer(), [t.ids], [(0, start)], 4, 1.0, (1, 3))[0]
+    other_names = propose(taught(), [t.ids], [(0, start)], 4, 1.0, (1, 3, 0))[0]
     assert other_names != draw([t.ids], [(0, start)])
 
 
@@ -183,7 +183,7 @@ def share(policy, words):
     """How often a policy's actions begin so, at states of the expert."""
     trajectories = expert_trajectories()[:30]
     states = [(b, int(start)) for b, t in enumerate(trajectories) for start, _ in t.spans[:6]]
-    drawn = propose(policy, tokenizer(), [t.ids for t in trajectories], states, 4, 1.0, (5,))
+    drawn = propose(policy, [t.ids for t in trajectories], states, 4, 1.0, (5, np.arange(len(states))))
     return np.mean([tokenizer().decode(action).startswith(words) for state in drawn for action, _ in state])
 
 
@@ -235,7 +235,7 @@ def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):
     tok = tokenizer()
     look = [list(tok.encode("look")) + [END], [i for c in "look" for i in tok.encode(c)] + [END]]
     assert look[0] != look[1]
-    monkeypatch.setattr(dpo, "propose", lambda policy, tok, trunks, states, *_: [[(look[0], False), (look[1], False)] for _ in states])
+    monkeypatch.setattr(dpo, "propose", lambda policy, trunks, states, *_: [[(look[0], False), (look[1], False)] for _ in states])
     policy, log = fit(tmp_path / "text", lambda tree: pytest.fail("was asked to score"), pairs=160)
     assert torch.equal(weights(policy), weights(taught())) and log[-1]["pairs/differ"] == 0
 
