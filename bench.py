@@ -5,6 +5,7 @@
     python bench.py rollout --policy DIR    # episodes and decoding against transformers' generate on alfworld's engine
     python bench.py prm --policy DIR        # labels of a trajectory in one pass against a sequence for each (s, a)
     python bench.py dpo --policy DIR        # pairs as trees against TRL's DPOTrainer
+    python bench.py floor --policy DIR      # what share of the machine's peak they reach
 
 A ratio above 1 says that this repository is that many times better. Times are CPU times of one thread, so that what else runs
 on the machine matters little. Between machines compare ratios.
@@ -28,7 +29,7 @@ from time import process_time
 from tqdm import tqdm
 
 import env
-from bench_learning import bench_dpo, bench_prm, bench_rollout
+from bench_learning import bench_dpo, bench_floor, bench_prm, bench_rollout
 from common import Parser, command_line, write_json
 from env import TASK_TYPES, AlfworldEnv, Game
 from games import find_data, game_files, generate, write_games
@@ -184,7 +185,8 @@ def machine():
     return f"{cpu}, {cores} cores, Python {platform.python_version()}{packages}"
 
 
-BENCHES = {"env": bench_env, "rollout": partial(bench_rollout, row=row), "prm": partial(bench_prm, row=row), "dpo": partial(bench_dpo, row=row)}
+BENCHES = {"env": bench_env, "rollout": partial(bench_rollout, row=row), "prm": partial(bench_prm, row=row), "dpo": partial(bench_dpo, row=row),
+           "floor": partial(bench_floor, row=row)}
 
 
 def main():

@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+from functools import partial
 from time import process_time
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import UserError, generator, pad, read_model, set_up_torch
@@ -248,3 +250,50 @@ def plain_logprobs(tree, model):
     h = tree.hidden(model)
     logp = model.logits(h[tree.token_row, tree.token_before]).log_softmax(-1).gather(-1, tree.ids[tree.token_row, tree.token_place][:, None])[:, 0]
     return logp.new_zeros(len(tree.end)).index_add(0, tree.token_branch, logp)
+
+
+# --- the floor --------------------------------------------------------------------------------------------------------
+
+def bench_floor(args, row):
+    """What the machine could do at best: floating-point operations at the speed of a large matrix product, or bytes at that of a copy.
+
+    The ratio is the share of that speed which is reached.
+    """
+    policy, tokenizer, games = load(args)
+    a, b = torch.randn(2, 2048, 2048)
+    flops = 2 * 2048 ** 3 / turns(lambda: a @ b, 5)
+    big, to = torch.zeros(2, 2 ** 26)
+    bandwidth = 2 * big.nbytes / turns(lambda: to.copy_(big), 5)
+    yield row("floor.matmul", "GFLOP/s", flops / 1e9, flops / 1e9, "a product of 2048 × 2048 matrices")
+    yield row("floor.copy", "GB/s", bandwidth / 1e9, bandwidth / 1e9, "a copy of 256 MB, read and written")
+    trajectories = trajectories_of(policy, tokenizer, games, 64)
+    trajectories.sort(key=lambda t: len(t.ids))
+    tokens = sum(len(t.ids) for t in trajectories)
+    play = lambda: list(rollout(policy, tokenizer, [(game, k) for game in games[:32] for k in range(4)], temperature=1.0, max_steps=CAP))
+    read = [0]
+
+    def counted(ids, rows, slots, cache, extend=policy.extend):
+        """Bytes that this turn must read: the weights, and of each row all keys and values so far."""
+        last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
+        c = policy.config
+        read[0] += 4 * policy.n_parameters() + 4 * 2 * c.n_layers * c.n_kv_heads * c.dim // c.n_heads * int((slots[last] + 1).sum())
+        return extend(ids, rows, slots, cache)
+
+    policy.extend = counted
+    episodes = len(play())
+    del policy.extend
+    for name, run, n, unit, loaded in (("rollouts", play, episodes, "ms", read[0]), ("PRM", partial(passes, policy, trajectories), tokens, "us", 0)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        work, seconds = counter.get_total_flops(), turns(run, 3)
+        what = "an episode" if name == "rollouts" else "a token, forward and backward"
+        yield row(f"floor.{name}.compute", unit, seconds / n, work / flops / n, f"{what}: {work / n / 1e6:.1f} MFLOP")
+        if loaded:
+            yield row(f"floor.{name}.memory", unit, seconds / n, loaded / bandwidth / n, f"{what}: {loaded / n / 1e6:.1f} MB of weights, keys and values")
+
+
+def passes(model, trajectories):
+    """Forward and backward through batches of 16 trajectories, as in training the PRM, and nearly as in DPO."""
+    model.zero_grad()
+    for i in range(0, len(trajectories), 16):
+        model.logits(model(pad([t.ids for t in trajectories[i:i + 16]]))).logsumexp(-1).mean().backward()

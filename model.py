@@ -208,15 +208,16 @@ class _Queries:
         if 2 * self.B > cache.rows:  # to read the cache where it lies is cheaper than to copy half of it
             self.B, self.row, self.used = cache.rows, rows, slice(None)
         seen = torch.arange(self.T, device=rows.device) <= slots.new_zeros(self.B, self.S).index_put((self.row, self.within), slots)[..., None]
-        self.seen = seen[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)
+        bias = torch.zeros(seen.shape, device=rows.device).masked_fill_(~seen, -torch.inf)  # as a mask of truth values it would be turned into this by every layer
+        self.bias = bias[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)
 
     def attend(self, q, k, v):
         """q (n, heads, head_dim); k, v (rows, kv heads, length, head_dim) -> (n, heads, head_dim)"""
-        padded = q.new_zeros(self.B, self.S, *q.shape[1:])
+        padded = q.new_empty(self.B, self.S, *q.shape[1:])  # what stays empty is attended in vain, and dropped
         padded[self.row, self.within] = q
         # the G query heads that share a kv head become G·S queries of it: (B, kv, G·S, head_dim)
         grouped = padded.unflatten(2, (self.kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        o = F.scaled_dot_product_attention(grouped, k[self.used, :, :self.T], v[self.used, :, :self.T], attn_mask=self.seen)
+        o = F.scaled_dot_product_attention(grouped, k[self.used, :, :self.T], v[self.used, :, :self.T], attn_mask=self.bias)
         o = o.unflatten(2, (-1, self.S)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, S, heads, head_dim)
         return o[self.row, self.within]
 
