@@ -87,6 +87,17 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
     prompts = {}  # game id -> cached keys and values of its prompt without the last token
     rows, envs = [None] * slots, [make_env(max_steps) for _ in range(slots)]
     lengths = np.zeros(slots, dtype=np.int64)  # tokens in the cache
+
+    def draw(live, h):
+        """The next token of each live row, or the action that `choose` gives, from hidden states h (B, D). -> [(ids, log-probability)]"""
+        names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans), len(rows[i].ids) - rows[i].start) for i in live]).T
+        if choose:
+            drawn = zip(*choose(policy, tokenizer, cache, live, lengths, h, names[:-1], temperature, [rows[i].ids for i in live]))
+            return [(action[:-1] if forced else action, logp) for action, logp, forced in drawn]
+        allowed = [continuations(tokenizer, rows[i].info["admissible_commands"], rows[i].ids[rows[i].start:]) for i in live] if admissible else None
+        tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
+        return [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
+
     while waiting or any(rows):
         started = []
         for i in range(len(rows)):
@@ -104,13 +115,14 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
             if not left[rows[i].game.id]:
                 del prompts[rows[i].game.id]
         live = np.array([i for i in range(len(rows)) if rows[i]])
-        if 2 * len(live) <= len(rows):  # nothing left to start: close the ranks
+        if 2 * len(live) <= len(rows):  # nothing left to start: close the gaps
             rows, envs, lengths, cache = [rows[i] for i in live], [envs[i] for i in live], lengths[live], cache.take(live)
             live = np.arange(len(rows))
         h = feed(policy, cache, live, lengths, [rows[i].ids[lengths[i]:] for i in live])
-        write_on(policy, tokenizer, cache, rows, live, lengths, h, seed, temperature, admissible, choose)
-        for i in live:
+        for i, (tokens, logp) in zip(live, draw(live, h)):
             row = rows[i]
+            row.ids += tokens
+            row.action_logp += logp
             action = row.ids[row.start:]
             if action[-1] != END and len(action) < MAX_ACTION - 1:
                 continue
@@ -130,21 +142,6 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
             else:
                 row.ids += turn
                 row.start, row.action_logp = len(row.ids), 0.0
-
-
-def write_on(policy, tokenizer, cache, rows, live, lengths, h, seed, temperature, admissible, choose):
-    """Append the next token, or the action that `choose` gives, to every live row; h (B, D) is the state it is drawn from."""
-    names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans), len(rows[i].ids) - rows[i].start) for i in live]).T
-    if choose:
-        drawn = zip(*choose(policy, tokenizer, cache, live, lengths, h, names[:-1], temperature, [rows[i].ids for i in live]))
-        drawn = [(action[:-1] if forced else action, logp) for action, logp, forced in drawn]
-    else:
-        allowed = [continuations(tokenizer, rows[i].info["admissible_commands"], rows[i].ids[rows[i].start:]) for i in live] if admissible else None
-        tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
-        drawn = [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
-    for i, (tokens, logp) in zip(live, drawn):
-        rows[i].ids += tokens
-        rows[i].action_logp += logp
 
 
 def encode_prompts(policy, cache, started, prompts):
