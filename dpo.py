@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common import generator, key, optimise, pad
 from model import Cache
+from qestimate import returns
 from ranks import mine, summed
 from rollout import action_logprobs, branch
 
@@ -94,13 +95,19 @@ def imitation_loss(policy, h, ids, weights, total=None):
     return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
-def imitated(trajectory, obs_weight):
-    """How much each token of a rollout is imitated, (L,) float32: of a won one its admissible actions 1, the world's answers `obs_weight`."""
+def imitated(trajectory, q, gamma, obs_weight):
+    """How much each token of a rollout is imitated, (L,) float32: self-imitation (Oh et al. 2018, eq. 2) with the PRM as its critic.
+
+    An admissible action of a won rollout weighs as much as its return exceeded what could be expected, max(0, G_t − V(s_t)), V(s_t)
+    being Q of the action before (of the first action itself); the world's answers `obs_weight` times the mean of its actions. A
+    lost rollout weighs nothing. q (T,): the PRM's Q of its actions.
+    """
     weights = np.zeros(len(trajectory.ids), np.float32)
     if trajectory.won:
-        weights[trajectory.spans[0, 0]:] = obs_weight
-        for (start, end), wrong in zip(trajectory.spans, trajectory.inadmissible):
-            weights[start:end] = not wrong
+        gain = np.maximum(0, returns(trajectory, gamma) - np.concatenate([q[:1], q[:-1]])) * ~trajectory.inadmissible
+        weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
+        for (start, end), weight in zip(trajectory.spans, gain):
+            weights[start:end] = weight
     return weights
 
 
@@ -125,12 +132,13 @@ def propose(policy, trunks, states, n, temperature, names):
 
 
 def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, obs_weight=0.0, renumber=True, name="DPO"):
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weights=None, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
-    no preference. `imitate`: weight of the likelihood of the trunks that won (`imitated`), which comes out of the same pass.
+    no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weights` (`imitated`, one array a
+    trajectory); it comes out of the same pass.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
@@ -153,18 +161,19 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
 
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
-        picked = [trajectories[i] for i in rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)]
+        numbers = rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)
+        picked = [trajectories[i] for i in numbers]
         ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
-        weights = [imitated(t, obs_weight) * (imitate > 0) for t in picked]
-        total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in weights))  # of the batch; this rank has a part of it
+        worth = [weights[i] if imitate else np.zeros(1, np.float32) for i in numbers]
+        total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in worth))  # of the batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
-        picked, ids, at, weights, first = map(mine, (picked, ids, at, weights, first))
+        picked, ids, at, worth, first = map(mine, (picked, ids, at, worth, first))
         if not picked:
             return None, {}
         states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked) for k in at[b]]
         branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
-        won = [b for b, w in enumerate(weights) if w.any()]
+        won = [b for b, w in enumerate(worth) if w.any()]
         if not branches and not won:
             return None, metrics
         cut = Tree(ids, branches, device) if branches else None
@@ -180,7 +189,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
             metrics.update({"loss": (losses.detach().sum(), n), "rewards/margins": ((chosen - rejected).sum(), n),
                             "rewards/accuracies": ((chosen > rejected).sum(), n), "objective/kl": ((pi.detach() - ref).sum(), 2 * n)})
         if won:
-            rows = [weights[b] if b in won else np.zeros(1, np.float32) for b in tree.rows]
+            rows = [worth[b] if b in won else np.zeros(1, np.float32) for b in tree.rows]
             likelihood = imitation_loss(policy, h, tree.ids, pad(rows, dtype=torch.float32).to(device), total_weight)
             metrics["imitation"] = summed(likelihood.detach())
             loss = imitate * likelihood + (0 if loss is None else loss)

@@ -11,15 +11,16 @@ The same command on an existing --out goes on where it stopped, after Ctrl-C, a 
 
 import sys
 
+import torch
 from tqdm import tqdm
 
 import ranks
 from common import Parser, UserError, command_line, generator, key, read_model, save_model, set_up_torch
-from dpo import online_dpo
+from dpo import imitated, online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
 from model import Config, Transformer
-from prm import report, train_prm
+from prm import report, score, train_prm
 from qestimate import held_out_check, labels_of, q_table, visit_statistics
 from rollout import load_trajectories, play_shards
 from runs import Run, estimate, final_table, load_games
@@ -124,10 +125,12 @@ def improve(args, run, games, i, trajectories):
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
+        q = [torch.from_numpy(f).sigmoid().numpy() for f in score(prm, trajectories)] if args.imitate else []
+        weights = [imitated(t, q_t, args.gamma, args.obs_weight) for t, q_t in zip(trajectories, q)]
         log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
-                         imitate=args.imitate, obs_weight=args.obs_weight, name=f"DPO {i}")
+                         imitate=args.imitate, weights=weights, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 
@@ -214,7 +217,7 @@ def parse_flags(argv=None):
     add(g, "--dpo-temperature", 1.0, "temperature at which they are sampled, and of their log-probabilities")
     add(g, "--dpo-batch", 16, "trajectories an update")
     add(g, "--states-per-trajectory", 1, "states of each")
-    add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did, inadmissible actions left out; 0: DPO alone")
+    add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
     add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
     g = parser.add_argument_group("evaluation")
     add(g, "--eval-temperature", 0.3, "sampling temperature")

@@ -255,19 +255,24 @@ def test_beta_holds_the_policy_near_its_reference(tmp_path):
 
 # --- imitation of what won -----------------------------------------------------------------------------------------------------------
 
-def test_of_a_won_rollout_what_the_world_accepted_is_imitated_and_of_a_lost_one_nothing():
-    seen = set()
+def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lost_one_nothing():
+    """Against the sum written out, with a critic of random numbers."""
+    rng, seen = np.random.default_rng(0), set()
     for t in (*played(), *expert_trajectories()[:10]):
-        weights = imitated(t, 0.3)
+        q = rng.random(len(t)).astype(np.float32)
+        weights = imitated(t, q, 0.9, 0.3)
         seen.add((t.won, bool(t.inadmissible.any())))
         if not t.won:
             assert not weights.any()
             continue
-        expected = np.full(len(t.ids), 0.3, np.float32)
-        expected[:t.spans[0, 0]] = 0
-        for (start, end), wrong in zip(t.spans, t.inadmissible):
-            expected[start:end] = 0 if wrong else 1
-        assert weights.tolist() == expected.tolist()
+        expected = np.zeros(len(t.ids))
+        worth = [0 if wrong else max(0, 0.9 ** (len(t) - 1 - k) - q[max(0, k - 1)]) for k, wrong in enumerate(t.inadmissible)]
+        for k, (start, end) in enumerate(t.spans):
+            expected[start:end] = worth[k]
+            if k + 1 < len(t):
+                expected[end:t.spans[k + 1, 0]] = 0.3 * np.mean(worth)
+        np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+        assert not imitated(t, np.ones(len(t), np.float32), 0.9, 0.3).any()  # nothing went better than that
     assert {won for won, _ in seen} == {True, False}
 
 
@@ -293,8 +298,9 @@ def test_a_whole_trunk_changes_nothing_for_its_branches():
 
 def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
     same = lambda tree: torch.zeros(len(tree.end))
-    policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, obs_weight=0.3, lr=1e-2)
+    worth = [imitated(t, np.zeros(len(t), np.float32), 0.95, 0.3) for t in expert_trajectories()]
+    policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weights=worth, lr=1e-2)
     assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]
-    both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1)
+    both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1, weights=worth)
     assert "loss" in log[-1] and "imitation" in log[-1]
     assert share(taught(), "open") + 0.1 < share(both, "open")
