@@ -149,6 +149,25 @@ def turns(run, n):
     return float(np.median(times[1:]))
 
 
+def passes(model, items, loss_of):
+    """Forward and backward through batches of 16. -> the sum of their losses"""
+    model.zero_grad()
+    total = 0.0
+    for i in range(0, len(items), 16):
+        loss = loss_of(items[i:i + 16])
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def equal_losses(ours, theirs):
+    """-> both, if they are the same."""
+    a, b = ours(), theirs()
+    if abs(a - b) > 1e-4:
+        raise AssertionError(f"the two losses differ: {a}, {b}")
+    return a, b
+
+
 def bench_prm(args, row):
     """A forward and backward pass over the labels of 64 trajectories: Q at all actions of one in one pass, or a sequence for each (s, a)."""
     policy, tokenizer, games = load(args)
@@ -161,29 +180,18 @@ def bench_prm(args, row):
     cut = [(t.ids[:end], q, w) for t, (q_hat, weight) in zip(trajectories, labels) for (_, end), q, w in zip(t.spans, q_hat, weight)]
     cut.sort(key=lambda one: len(one[0]))
 
-    def ours():
-        prm.zero_grad()
-        losses = []
-        for i in range(0, len(trajectories), 16):
-            part = trajectories[i:i + 16]
-            q_hat, weight = (torch.from_numpy(np.concatenate([l[k] for l in labels[i:i + 16]])) for k in (0, 1))
-            losses.append(bce_loss(scores_at_actions(prm, prm(pad([t.ids for t in part])), [t.spans for t in part]), q_hat, weight, total))
-            losses[-1].backward()
-        return float(sum(losses).detach())
+    def in_one_pass(part):
+        trajectories, labels = zip(*part)
+        q_hat, weight = (torch.from_numpy(np.concatenate([l[k] for l in labels])) for k in (0, 1))
+        return bce_loss(scores_at_actions(prm, prm(pad([t.ids for t in trajectories])), [t.spans for t in trajectories]), q_hat, weight, total)
 
-    def theirs():
-        prm.zero_grad()
-        losses = []
-        for i in range(0, len(cut), 16):
-            ids, q_hat, weight = zip(*cut[i:i + 16])
-            f = prm.scores(prm(pad(ids))[range(len(ids)), [len(x) - 1 for x in ids]])
-            losses.append(bce_loss(f, torch.tensor(q_hat), torch.tensor(weight), total))
-            losses[-1].backward()
-        return float(sum(losses).detach())
+    def a_sequence_each(part):
+        ids, q_hat, weight = zip(*part)
+        f = prm.scores(prm(pad(ids))[range(len(ids)), [len(x) - 1 for x in ids]])
+        return bce_loss(f, torch.tensor(q_hat), torch.tensor(weight), total)
 
-    a, b = ours(), theirs()
-    if abs(a - b) > 1e-4:
-        raise AssertionError(f"the two losses differ: {a}, {b}")
+    ours, theirs = partial(passes, prm, list(zip(trajectories, labels)), in_one_pass), partial(passes, prm, cut, a_sequence_each)
+    a, b = equal_losses(ours, theirs)
     yield row("prm.labels", "ms", turns(ours, 5) / len(cut), turns(theirs, 1) / len(cut), f"a sequence for each (s, a); {len(cut)} labels, losses {a:.5f} and {b:.5f}")
 
 
@@ -212,36 +220,23 @@ def bench_dpo(args, row):
                                  args=trl.DPOConfig(output_dir=folder, beta=0.1, report_to="none", use_cpu=True, bf16=False, disable_dropout=False),
                                  train_dataset=datasets.Dataset.from_list([{"prompt": "go", "chosen": " to", "rejected": " on"}]))
 
-    def ours():
-        policy.zero_grad()
-        losses = []
-        for i in range(0, len(trajectories), 16):
-            part = trajectories[i:i + 16]
-            number = {id(t): b for b, t in enumerate(part)}
-            branches = [(number[id(t)], start, action, False) for t, start, *two in pairs if id(t) in number for action in two]
-            tree = Tree([t.ids for t in part], branches)
-            with torch.no_grad():
-                ref = plain_logprobs(tree, reference).view(-1, 2)
-            pi = plain_logprobs(tree, policy).view(-1, 2)
-            losses.append(dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], 0.1)[0].sum() / len(pairs))
-            losses[-1].backward()
-        return float(sum(losses).detach())
+    def as_trees(part):
+        number = {id(t): b for b, t in enumerate(part)}
+        branches = [(number[id(t)], start, action, False) for t, start, *two in pairs if id(t) in number for action in two]
+        tree = Tree([t.ids for t in part], branches)
+        with torch.no_grad():
+            ref = plain_logprobs(tree, reference).view(-1, 2)
+        pi = plain_logprobs(tree, policy).view(-1, 2)
+        return dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], 0.1)[0].sum() / len(pairs)
 
-    def theirs():
-        trainer.model.zero_grad()
-        losses = []
-        for i in range(0, len(pairs), 16):
-            part = pairs[i:i + 16]
-            rows = [[*t.ids[:start].tolist(), *actions[k]] for k in (0, 1) for t, start, *actions in part]
-            mask = [[0] * start + [1] * len(actions[k]) for k in (0, 1) for t, start, *actions in part]
-            batch = {"input_ids": pad(rows, PAD), "attention_mask": pad([[1] * len(row) for row in rows]), "completion_mask": pad(mask)}
-            losses.append(trainer.compute_loss(trainer.model, batch) * len(part) / len(pairs))
-            losses[-1].backward()
-        return float(sum(losses).detach())
+    def by_trl(part):
+        rows = [[*t.ids[:start].tolist(), *actions[k]] for k in (0, 1) for t, start, *actions in part]
+        mask = [[0] * start + [1] * len(actions[k]) for k in (0, 1) for t, start, *actions in part]
+        batch = {"input_ids": pad(rows, PAD), "attention_mask": pad([[1] * len(row) for row in rows]), "completion_mask": pad(mask)}
+        return trainer.compute_loss(trainer.model, batch) * len(part) / len(pairs)
 
-    a, b = ours(), theirs()
-    if abs(a - b) > 1e-4:
-        raise AssertionError(f"the two losses differ: {a}, {b}")
+    ours, theirs = partial(passes, policy, trajectories, as_trees), partial(passes, trainer.model, pairs, by_trl)
+    a, b = equal_losses(ours, theirs)
     yield row("dpo.pairs", "ms", turns(ours, 5) / len(pairs), turns(theirs, 3) / len(pairs), f"trl {trl.__version__}'s DPOTrainer; {len(pairs)} pairs, losses {a:.5f} and {b:.5f}")
 
 
@@ -270,6 +265,7 @@ def bench_floor(args, row):
     trajectories.sort(key=lambda t: len(t.ids))
     tokens = sum(len(t.ids) for t in trajectories)
     play = lambda: list(rollout(policy, tokenizer, [(game, k) for game in games[:32] for k in range(4)], temperature=1.0, max_steps=CAP))
+    plain = lambda part: policy.logits(policy(pad([t.ids for t in part]))).logsumexp(-1).mean()  # the PRM's training, and nearly that of DPO
     read = [0]
 
     def counted(ids, rows, slots, cache, extend=policy.extend):
@@ -282,7 +278,7 @@ def bench_floor(args, row):
     policy.extend = counted
     episodes = len(play())
     del policy.extend
-    for name, run, n, unit, loaded in (("rollouts", play, episodes, "ms", read[0]), ("PRM", partial(passes, policy, trajectories), tokens, "us", 0)):
+    for name, run, n, unit, loaded in (("rollouts", play, episodes, "ms", read[0]), ("PRM", partial(passes, policy, trajectories, plain), tokens, "us", 0)):
         with FlopCounterMode(display=False) as counter:
             run()
         work, seconds = counter.get_total_flops(), turns(run, 3)
@@ -290,10 +286,3 @@ def bench_floor(args, row):
         yield row(f"floor.{name}.compute", unit, seconds / n, work / flops / n, f"{what}: {work / n / 1e6:.1f} MFLOP")
         if loaded:
             yield row(f"floor.{name}.memory", unit, seconds / n, loaded / bandwidth / n, f"{what}: {loaded / n / 1e6:.1f} MB of weights, keys and values")
-
-
-def passes(model, trajectories):
-    """Forward and backward through batches of 16 trajectories, as in training the PRM, and nearly as in DPO."""
-    model.zero_grad()
-    for i in range(0, len(trajectories), 16):
-        model.logits(model(pad([t.ids for t in trajectories[i:i + 16]]))).logsumexp(-1).mean().backward()
