@@ -126,11 +126,14 @@ class Transformer(nn.Module):
         attention pads, to the longest.
         """
         cache.reserve(int(slots.max()) + 1)
-        last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])
-        if 2 * int(last.sum()) > cache.rows and not last.all():  # most rows decode: their attention needs no padding, nor copies of the cache
-            parts = [_Queries(self.config, cache, rows, slots, which.nonzero()[:, 0]) for which in (last, ~last)]
+        last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])  # of its row's tokens
+        if 2 * int(last.sum()) > cache.rows:  # most rows decode: one query each, without padding, in stretches of the cache
+            step = max(32, -(-cache.rows // 4))
+            stretches = [slice(first, min(first + step, cache.rows)) for first in range(0, cache.rows, step)]
+            groups = [((which & (rows // step == n)).nonzero()[:, 0], stretch) for n, stretch in enumerate(stretches) for which in (last, ~last)]
         else:
-            parts = [_Queries(self.config, cache, rows, slots, torch.arange(len(ids), device=ids.device))]
+            groups = [(torch.arange(len(ids), device=ids.device), slice(0, cache.rows))]
+        parts = [_Queries(self.config, rows[tokens], slots[tokens], tokens, stretch) for tokens, stretch in groups if len(tokens)]
 
         def attend_in(layer):
             def attend(q, k, v):  # (N, heads, head_dim)
@@ -198,15 +201,20 @@ class Transformer(nn.Module):
 
 
 class _Queries:
-    """Attention of some tokens (n,) of an `extend`, those of a row padded side by side, over the cached rows they belong to."""
+    """Attention of some tokens (n,) of an `extend`, those of a row padded side by side, over a stretch of cached rows.
 
-    def __init__(self, c, cache, rows, slots, tokens):
-        self.tokens, self.kv, rows, slots = tokens, c.n_kv_heads, rows[tokens], slots[tokens]
-        self.used, self.row, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
+    A stretch is read as far as its longest row: rows of like length should stand together.
+    """
+
+    def __init__(self, c, rows, slots, tokens, stretch):
+        self.tokens, self.kv = tokens, c.n_kv_heads
+        used, self.row, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
         self.within = torch.arange(len(tokens), device=rows.device) - (count.cumsum(0) - count)[self.row]
-        self.B, self.S, self.T = len(self.used), int(count.max()), int(slots.max()) + 1
-        if 2 * self.B > cache.rows:  # to read the cache where it lies is cheaper than to copy half of it
-            self.B, self.row, self.used = cache.rows, rows, slice(None)
+        self.B, self.S, self.T = len(used), int(count.max()), int(slots.max()) + 1
+        self.read = lambda cached: cached[:, :, :self.T].index_select(0, used)
+        if 2 * self.B > stretch.stop - stretch.start:  # to read the stretch where it lies is cheaper than to copy half of it
+            self.row, self.B = rows - stretch.start, stretch.stop - stretch.start
+            self.read = lambda cached: cached[stretch, :, :self.T]
         seen = torch.arange(self.T, device=rows.device) <= slots.new_zeros(self.B, self.S).index_put((self.row, self.within), slots)[..., None]
         bias = torch.zeros(seen.shape, device=rows.device).masked_fill_(~seen, -torch.inf)  # as a mask of truth values it would be turned into this by every layer
         self.bias = bias[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)
@@ -217,7 +225,7 @@ class _Queries:
         padded[self.row, self.within] = q
         # the G query heads that share a kv head become G·S queries of it: (B, kv, G·S, head_dim)
         grouped = padded.unflatten(2, (self.kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        o = F.scaled_dot_product_attention(grouped, k[self.used, :, :self.T], v[self.used, :, :self.T], attn_mask=self.bias)
+        o = F.scaled_dot_product_attention(grouped, self.read(k), self.read(v), attn_mask=self.bias)
         o = o.unflatten(2, (-1, self.S)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, S, heads, head_dim)
         return o[self.row, self.within]
 

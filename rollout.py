@@ -12,6 +12,7 @@ import os
 import signal
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import count
 from multiprocessing import get_context
 
 import numpy as np
@@ -98,7 +99,9 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
         tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
         return [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
 
-    while waiting or any(rows):
+    for turn in count():
+        if not waiting and not any(rows):
+            break
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
@@ -115,7 +118,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
             if not left[rows[i].game.id]:
                 del prompts[rows[i].game.id]
         live = np.array([i for i in range(len(rows)) if rows[i]])
-        if 2 * len(live) <= len(rows):  # nothing left to start: close the gaps
+        if 2 * len(live) <= len(rows) or turn % 32 == 0:  # close gaps, and let rows of like length stand together (Transformer.extend)
+            live = live[np.argsort(lengths[live], kind="stable")]
             rows, envs, lengths, cache = [rows[i] for i in live], [envs[i] for i in live], lengths[live], cache.take(live)
             live = np.arange(len(rows))
         h = feed(policy, cache, live, lengths, [rows[i].ids[lengths[i]:] for i in live])
