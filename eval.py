@@ -36,7 +36,7 @@ def summarise(episodes, games):
     return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
 
 
-def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=128, choose=None,
+def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=None, choose=None,
                     admissible=False, make_env=AlfworldEnv, name="evaluate"):
     """Play every game `episodes_per_game` times. -> the results of `summarise`, the share of inadmissible actions, the episodes."""
     todo = [(game, k) for game in games for k in range(episodes_per_game)]
@@ -109,7 +109,7 @@ def main():
     add(what, "--engine", "the fast exact world, or alfworld's own", default="fast", choices=("fast", "alfworld"))
     run = parser.add_argument_group("run")
     add(run, "--seed", "names all randomness", type=int, default=0)
-    add(run, "--slots", "episodes in flight at once", type=int, default=128)
+    add(run, "--slots", "episodes in flight at once (default: by free memory, at most 128 on a CPU)", type=int, metavar="N")
     add(run, "--device", "auto, cpu or cuda", default="auto")
     add(run, "--json", "write the result there", metavar="FILE")
     args = parser.parse_args()
@@ -119,7 +119,7 @@ def main():
         raise UserError("--best-of needs --prm DIR")
     if args.best_of > 1 and args.admissible:
         raise UserError("--admissible is for plain sampling, not for --best-of")
-    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, args.slots) < 1 or args.temperature < 0 or args.seed < 0:
+    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, args.slots or 1) < 1 or args.temperature < 0 or args.seed < 0:
         raise UserError("--best-of, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, --temperature and --seed at least 0")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
@@ -127,7 +127,7 @@ def main():
     games, source = games_for(args.games, args.data, args.split, args.n_generated)
     make_env, folder = AlfworldEnv, None
     if args.engine == "alfworld":
-        make_env, args.slots = StockAlfworldEnv, min(args.slots, 8)
+        make_env, args.slots = StockAlfworldEnv, min(args.slots or 8, 8)
         if games[0].path is None:  # alfworld's engine reads files
             folder = tempfile.TemporaryDirectory()
             split = "train" if args.split == "dev" else args.split

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+AUTOCAST = {"cuda": torch.bfloat16}  # what layers compute in, and the cache holds, by type of device; the stream, weights and losses are float32
+
 
 @dataclass
 class Config:
@@ -59,7 +61,7 @@ class Layer(nn.Module):
         """x (…, D); cos, sin (…, head_dim); attend(q, k, v) -> (…, heads, head_dim) decides who sees whom."""
         a, m = self.self_attn, self.mlp
         h = self.input_layernorm(x)
-        q, k, v = (a[p](h).unflatten(-1, (-1, self.head_dim)) for p in ("q_proj", "k_proj", "v_proj"))  # (…, heads, head_dim)
+        q, k, v = (a[p](h).float().unflatten(-1, (-1, self.head_dim)) for p in ("q_proj", "k_proj", "v_proj"))  # (…, heads, head_dim)
         q, k = rotate(a["q_norm"](q), cos, sin), rotate(a["k_norm"](k), cos, sin)
         x = x + a["o_proj"](attend(q, k, v).flatten(-2))
         h = self.post_attention_layernorm(x)
@@ -137,19 +139,21 @@ class Transformer(nn.Module):
 
         def attend_in(layer):
             def attend(q, k, v):  # (N, heads, head_dim)
-                cache.k[layer][rows, :, slots] = k
-                cache.v[layer][rows, :, slots] = v
+                cache.k[layer][rows, :, slots] = k.to(cache.k.dtype)
+                cache.v[layer][rows, :, slots] = v.to(cache.v.dtype)
                 o = torch.empty_like(q)
                 for part in parts:
-                    o[part.tokens] = part.attend(q[part.tokens], cache.k[layer], cache.v[layer])
+                    o[part.tokens] = part.attend(q[part.tokens], cache.k[layer], cache.v[layer]).to(o.dtype)
                 return o
             return attend
 
         return self._run(self.model["embed_tokens"](ids), self.cos[slots], self.sin[slots], attend_in)
 
     def _run(self, x, cos, sin, attend_in):
-        for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, cos, sin, attend_in(i))
+        dtype = AUTOCAST.get(x.device.type)
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            for i, layer in enumerate(self.model["layers"]):
+                x = layer(x, cos, sin, attend_in(i))
         return self.model["norm"](x)
 
     def logits(self, h):
@@ -233,7 +237,8 @@ class _Queries:
 class Cache:
     """Keys and values of `rows` sequences of up to `length` tokens: two tensors (layers, rows, kv heads, length, head_dim)."""
 
-    def __init__(self, config, rows, length, device="cpu", dtype=torch.float32):
+    def __init__(self, config, rows, length, device="cpu"):
+        dtype = AUTOCAST.get(torch.device(device).type, torch.float32)
         shape = (config.n_layers, rows, config.n_kv_heads, length, config.dim // config.n_heads)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)

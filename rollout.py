@@ -12,7 +12,6 @@ import os
 import signal
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import count
 from multiprocessing import get_context
 
 import numpy as np
@@ -68,11 +67,11 @@ class Row:
 
 
 @torch.no_grad()
-def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, max_steps=30, admissible=False, choose=None,
+def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None, max_steps=30, admissible=False, choose=None,
             make_env=AlfworldEnv):
     """Yield a Trajectory for each (game, episode number), in the order in which they end.
 
-    temperature 0 is greedy. An episode is cut after `max_steps` actions or when it would outgrow the model's context.
+    temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
     `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
     `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
 
@@ -80,7 +79,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
     row waits for another to finish its action.
     """
     waiting = deque(episodes)
-    slots = min(slots, len(waiting))
+    slots = min(slots or slots_for(policy), len(waiting))
     left = {}  # game id -> episodes still to start, so that its prompt can be forgotten in time
     for game, _ in waiting:
         left[game.id] = left.get(game.id, 0) + 1
@@ -99,9 +98,9 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
         tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
         return [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
 
-    for turn in count():
-        if not waiting and not any(rows):
-            break
+    turn = 0
+    while waiting or any(rows):
+        turn += 1
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
@@ -146,6 +145,14 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=128, 
             else:
                 row.ids += turn
                 row.start, row.action_logp = len(row.ids), 0.0
+
+
+def slots_for(policy):
+    """Episodes in flight: as many as a quarter of the free memory holds at full length, at most 128 on a CPU (more gain nothing), 1024 on a GPU."""
+    device, c = policy.cos.device, policy.config
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    row = Cache(c, 1, 1, device).k.nbytes * 2 * c.max_len
+    return max(1, min(free // 4 // row, 1024 if device.type == "cuda" else 128))
 
 
 def encode_prompts(policy, cache, started, prompts):

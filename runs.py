@@ -59,7 +59,7 @@ class Stage:
 class Run:
     def __init__(self, args):
         self.path, self.device = Path(args.out), pick_device(args.device)
-        self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1  # processes that play rollouts
+        self.workers = torch.get_num_threads() if self.device.type == "cpu" else min(8, torch.get_num_threads())  # processes that play rollouts; on a GPU, for it not to wait for the worlds
         flags = {k: v for k, v in vars(args).items()}
         config = self.path / "config.json"
         if first_says(config.exists()):

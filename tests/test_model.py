@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import model
 from common import pad, read_model, save_model
 from model import Cache, Config, Transformer
 from rollout import action_logprobs
@@ -100,6 +101,19 @@ def test_growing_a_cache_by_random_chunks_equals_whole_sequences(shape, seed):
             filled[r] += n
     for parts, expected in zip(got, whole):
         torch.testing.assert_close(torch.cat(parts), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_in_bfloat16_as_on_a_gpu_a_cache_still_equals_whole_sequences(monkeypatch):
+    policy, ids = random_model(), random_ids(3, 40)
+    exact = policy(ids)
+    monkeypatch.setitem(model.AUTOCAST, "cpu", torch.bfloat16)
+    cache, rows, half = Cache(policy.config, 3, 40), torch.arange(3), policy(ids)
+    assert cache.k.dtype == torch.bfloat16 and half.dtype == torch.float32 and not torch.equal(half, exact)
+    parts = [policy.extend(ids[:, a:b].flatten(), rows.repeat_interleave(b - a), torch.arange(a, b).repeat(3), cache).view(3, b - a, -1)
+             for a, b in ((0, 20), (20, 21), (21, 40))]
+    for a, b in ((torch.cat(parts, 1), half), (half, exact)):
+        assert (a - b).std() < 0.03 * exact.std()
 
 
 @torch.no_grad()
