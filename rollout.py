@@ -136,14 +136,14 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
             row.logp.append(row.action_logp)
             observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(row.ids[row.start:]))
             row.inadmissible.append(observation == NOTHING_HAPPENS)
-            turn = tokenizer.turn(observation)
-            truncated = truncated or (not won and len(row.ids) + len(turn) + MAX_ACTION > policy.config.max_len)
+            answer = tokenizer.turn(observation)
+            truncated = truncated or (not won and len(row.ids) + len(answer) + MAX_ACTION > policy.config.max_len)
             if won or truncated:
                 yield Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
                                  np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
                 rows[i] = None
             else:
-                row.ids += turn
+                row.ids += answer
                 row.start, row.action_logp = len(row.ids), 0.0
 
 
