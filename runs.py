@@ -141,12 +141,12 @@ def estimate(args, run, games):
         return (time.monotonic() - start) / 3 / ids.numel()
 
     train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
-    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400; sampling a token costs about what training on it does
-    per_rollout = 250 * train
+    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400; sampling a token costs about half of training on it
+    per_rollout = 140 * train
     stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * 2400) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
-              "DPO": args.iters * args.pairs / args.states_per_trajectory * 600 * train,
+              "DPO": args.iters * args.pairs / args.states_per_trajectory * 400 * train,
               "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
     total = sum(stages.values())
     show = lambda s: f"{s / 3600:.1f} h" if s > 5400 else f"{s / 60:.0f} min" if s > 90 else f"{s:.0f} s"
