@@ -132,16 +132,19 @@ def propose(policy, trunks, states, n, temperature, names):
 
 
 def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weights=None, renumber=True, name="DPO"):
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
-    no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weights` (`imitated`, one array a
-    trajectory); it comes out of the same pass.
+    no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
+    (`imitated`); it comes out of the same pass.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
+    plan = [generator(seed, "drawn", step).choice(len(trajectories), trunks, replace=len(trajectories) < trunks) for step in range(steps)]
+    drawn = np.unique(plan)
+    worth_of = dict(zip(drawn, weigh([trajectories[i] for i in drawn]))) if imitate else {}
 
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
@@ -161,11 +164,10 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
 
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
-        numbers = rng.choice(len(trajectories), trunks, replace=len(trajectories) < trunks)
-        picked = [trajectories[i] for i in numbers]
+        picked = [trajectories[i] for i in plan[step]]
         ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
-        worth = [weights[i] if imitate else np.zeros(1, np.float32) for i in numbers]
+        worth = [worth_of[i] if imitate else np.zeros(1, np.float32) for i in plan[step]]
         total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in worth))  # of the batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
         picked, ids, at, worth, first = map(mine, (picked, ids, at, worth, first))

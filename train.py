@@ -11,7 +11,7 @@ The same command on an existing --out goes on where it stopped, after Ctrl-C, a 
 
 import sys
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
 import ranks
@@ -39,7 +39,7 @@ def main():
     for i in range(1, args.iters + 1):
         trajectories = roll_out(args, run, games, i)
         process_reward_model(args, run, games, i, trajectories)
-        improve(args, run, games, i, trajectories)
+        improve(args, run, games, i)
     for i in range(args.iters + 1):
         evaluate(args, run, i, "dev", games.dev, args.dev_episodes)
         for split, test in games.test.items():
@@ -84,7 +84,7 @@ def roll_out(args, run, games, i):
                     bar.update(ended - bar.n)
                     bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
         ranks.wait()
-        trajectories = [t for file, _ in shards for t in load_trajectories(file)]
+        trajectories = stored_rollouts(run, i)
         if not stage.done:
             actions = sum(map(len, trajectories))
             stage.finish({"episodes": len(trajectories), "success": sum(t.won for t in trajectories) / len(trajectories),
@@ -93,8 +93,13 @@ def roll_out(args, run, games, i):
         return trajectories
 
 
+def stored_rollouts(run, i):
+    """The rollouts of π_{i−1}."""
+    return [t for file in sorted(run.path.glob(f"iter{i}/rollouts/*.safetensors")) for t in load_trajectories(file)]
+
+
 def episodes_of_each_game(args):
-    """--rollouts-per-game, or fewer where --rollouts would not reach --min-games games that way: 16 of 70,000, 4 of 4,000."""
+    """--rollouts-per-game, or fewer where --rollouts would not reach --min-games games that way: 16 of 70,000, 1 of 4,000."""
     return max(1, min(args.rollouts_per_game, args.rollouts // args.min_games))
 
 
@@ -117,20 +122,20 @@ def process_reward_model(args, run, games, i, trajectories):
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table), "visits": visit_statistics(table), "log": log})
 
 
-def improve(args, run, games, i, trajectories):
-    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init)."""
+def improve(args, run, games, i):
+    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init), at states of all rollouts so far."""
     with run.stage(f"iter{i}/dpo") as stage:
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
-        q = [torch.from_numpy(f).sigmoid().numpy() for f in score(prm, trajectories)] if args.imitate else []
-        weights = [imitated(t, q_t, args.gamma, args.obs_weight) for t, q_t in zip(trajectories, q)]
+        trajectories = [t for j in range(1 if args.states_of == "all" else i, i + 1) for t in stored_rollouts(run, j)]
+        weigh = lambda some: [imitated(t, 1 / (1 + np.exp(-f)), args.gamma, args.obs_weight) for t, f in zip(some, score(prm, some))]
         log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
-                         imitate=args.imitate, weights=weights, name=f"DPO {i}")
+                         imitate=args.imitate, weigh=weigh, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 
@@ -168,7 +173,7 @@ def parse_flags(argv=None):
     add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
     add(g, "--rollouts", 70000, "episodes an iteration, in all")
     add(g, "--rollouts-per-game", 16, "episodes of each game, at most; games in shuffled order, each once before any twice")
-    add(g, "--min-games", 1000, "games an iteration plays at least: where --rollouts are few, there are fewer of each game", metavar="N")
+    add(g, "--min-games", 4000, "games an iteration plays at least, if there are so many: where --rollouts are few, there are fewer of each game", metavar="N")
     add(g, "--max-steps", 30, "actions after which an episode is cut")
     add(g, "--out", "runs/default", "the run directory; an existing one is continued", metavar="DIR")
     add(g, "--seed", 0, "names all randomness")
@@ -217,6 +222,7 @@ def parse_flags(argv=None):
     add(g, "--dpo-temperature", 1.0, "temperature at which they are sampled, and of their log-probabilities")
     add(g, "--dpo-batch", 16, "trajectories an update")
     add(g, "--states-per-trajectory", 1, "states of each")
+    add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
     add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
     g = parser.add_argument_group("evaluation")

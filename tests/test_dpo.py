@@ -298,9 +298,9 @@ def test_a_whole_trunk_changes_nothing_for_its_branches():
 
 def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
     same = lambda tree: torch.zeros(len(tree.end))
-    worth = [imitated(t, np.zeros(len(t), np.float32), 0.95, 0.3) for t in expert_trajectories()]
-    policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weights=worth, lr=1e-2)
+    worth = lambda some: [imitated(t, np.zeros(len(t), np.float32), 0.95, 0.3) for t in some]
+    policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weigh=worth, lr=1e-2)
     assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]
-    both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1, weights=worth)
+    both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1, weigh=worth)
     assert "loss" in log[-1] and "imitation" in log[-1]
     assert share(taught(), "open") + 0.1 < share(both, "open")

@@ -138,6 +138,15 @@ def test_dpo_starts_from_the_previous_policy_and_refers_to_it_or_to_the_first(ru
     assert torch.equal(score(tree), tree.scores(prm).sigmoid())
 
 
+@pytest.mark.parametrize("whose, expected", (("all", 48), ("last", 24)))
+def test_dpo_visits_the_states_of_all_rollouts_so_far_or_of_the_last(run, whose, expected, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path, "--states-of", whose)
+    trajectories = capture(monkeypatch, folder, "iter2/dpo", "online_dpo")[4]
+    assert len(trajectories) == expected
+    last = [t.ids.tolist() for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
+    assert [t.ids.tolist() for t in trajectories[-24:]] == last
+
+
 def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
     shutil.rmtree(folder / "iter2/rollouts")
@@ -252,8 +261,8 @@ def test_the_defaults_are_the_contracts():
         parse_flags(["--rollouts", "many"])
 
 
-@pytest.mark.parametrize("flags, each", (([], 16), (["--rollouts", "4000"], 4), (["--rollouts", "400"], 1), (["--rollouts", "400", "--min-games", "1"], 16),
-                                         (["--rollouts", "4000", "--rollouts-per-game", "3"], 3)))
+@pytest.mark.parametrize("flags, each", (([], 16), (["--rollouts", "4000"], 1), (["--rollouts", "16000"], 4), (["--rollouts", "400"], 1), (["--rollouts", "400", "--min-games", "1"], 16),
+                                         (["--rollouts", "16000", "--rollouts-per-game", "3"], 3)))
 def test_few_rollouts_are_spread_over_many_games(flags, each):
     assert episodes_of_each_game(parse_flags(flags)) == each
 
