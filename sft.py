@@ -18,13 +18,14 @@ import torch
 from torch.nn import functional as F
 
 from common import Parser, UserError, command_line, generator, optimise, pad, read_json, save_model, set_up_torch, write_json
-from env import AlfworldEnv
+from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior, parse_task
 from games import game_flags, games_for, split_dev
 from model import Config, Transformer
 from ranks import mine, summed
-from tokenizer import PAD, Tokenizer, split_intro
+from rollout import Trajectory
+from tokenizer import ACT, END, PAD, Tokenizer, split_intro
 
 
 def train_tokenizer(games, prior, seed, sample=1000):
@@ -65,6 +66,19 @@ def demonstration(env, games, prior, number, seed, mistakes):
     game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
     rng = generator(seed, "demo", number)
     return game, demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=env.max_steps)
+
+
+def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps):
+    """The demonstrations as the rollouts of a policy would be stored. -> [(Trajectory, taught (T,) bool: not a mistake)]"""
+    env, out = AlfworldEnv(max_steps), []
+    for number in range(demos):
+        game, demo = demonstration(env, games, prior, number, seed, mistakes)
+        ids, _ = demonstration_tokens(demo, tokenizer, 0)
+        spans = np.stack([np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1], axis=1)  # (T, 2)
+        taught, T = np.array([step.trained for step in demo.steps]), len(demo.steps)
+        out.append((Trajectory(game.id, ids.astype(np.int32), spans.astype(np.int32), np.zeros(T, np.float32), np.zeros(T, bool),
+                               np.array([step.observation == NOTHING_HAPPENS for step in demo.steps]), float(demo.won), demo.won, not demo.won, seed, number), taught))
+    return out
 
 
 def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps):

@@ -12,14 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import sft
 from common import command_line
-from env import AlfworldEnv
-from expert import Expert, demonstrate, fit_prior
+from expert import fit_prior
 from games import generated_split
 from model import Config, Transformer
-from rollout import Trajectory, rollout
-from sft import demonstration_tokens, train_sft, train_tokenizer
-from tokenizer import ACT, END
+from rollout import rollout
+from sft import train_sft, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,17 +80,7 @@ def played():
 @lru_cache
 def expert_trajectories():
     """What a policy would leave that plays as the expert does, mistakes included; most are won."""
-    out, tok, env = [], tokenizer(), AlfworldEnv(20)
-    for game in games():
-        for k in range(3):
-            rng = np.random.default_rng(k)
-            demo = demonstrate(env, game, Expert(prior(), rng), rng, mistakes=0.1, max_steps=20)
-            ids, _ = demonstration_tokens(demo, tok, 0)
-            ends = np.nonzero(ids == END)[0] + 1
-            n = len(ends)
-            out.append(Trajectory(game.id, ids.astype(np.int32), np.stack([np.nonzero(ids == ACT)[0] + 1, ends], 1).astype(np.int32), np.zeros(n, np.float32),
-                                  np.zeros(n, bool), np.zeros(n, bool), float(demo.won), demo.won, not demo.won, 0, k))
-    return out
+    return [t for t, _ in sft.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)]
 
 
 def assert_same(a, b):

@@ -1,0 +1,79 @@
+"""InversePRM: a process reward model from demonstrations alone (P1, section 3).
+
+A score f(s, a) stands for the Q of the reward that explains the expert: r(s, a) = f(s, a) − γ E[f(s', a')], a' being the *policy's*
+next action. A classifier with r as its logit learns to tell the expert's transitions from those of all learner policies so far.
+No outcome is read, neither reward nor `won`; only that an episode ended by itself, which `hide_ends` hides too.
+"""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from common import generator, key, optimise
+from dpo import Tree, propose
+from ranks import mine, summed
+
+
+def inverse_loss(f, f_next, ended, expert, gamma):
+    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, eq. 7), gradient through both terms.
+
+    f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, z =
+    f(s, a). expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
+    """
+    z = f - gamma * torch.where(ended, 0.0, f_next)
+    return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none"), z.detach()
+
+
+def transitions(trajectory, taught=None, hide_ends=False):
+    """The actions (n,) of a trajectory that make a transition (s, a, s', a'), and whether the episode ended with it, (n,) bool.
+
+    taught (T,) bool: actions that count, the expert's own and not its mistakes. The last action of an episode that was cut has no
+    transition, for nobody saw what comes next; nor has that of any episode with `hide_ends`.
+    """
+    T = len(trajectory)
+    counts = np.ones(T, bool) if taught is None else taught.copy()
+    counts[T - 1] &= not (trajectory.truncated or hide_ends)
+    actions = counts.nonzero()[0]
+    return actions, actions == T - 1
+
+
+def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
+                      hide_ends=False, name="InversePRM"):
+    """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
+
+    Each update takes as many of the one as of the other, `batch` in all, and either side weighs a half. What follows an expert's
+    action is sampled from `policy`, the current one, anew each time; in a rollout it is what the learner did.
+    """
+    device = prm.cos.device
+    pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
+
+    def loss_of(step):
+        rng = generator(seed, "inverse", step)
+        picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
+        told = [tokenizer.renumber(t.ids, counts[t.game], rng) for t, _, _ in picked]
+        moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
+        total = [max(1, sum(len(actions) for (actions, _), (_, _, is_expert) in zip(moves, picked) if is_expert == side)) for side in (False, True)]
+        numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
+        if not told:
+            return None, {}
+        now, then, ended, expert, states = [], [], [], [], []  # (row, place) of a, of a'; and the states at which the policy is asked for a'
+        for b, ((t, _, is_expert), (actions, last)) in enumerate(zip(picked, moves)):
+            for k, end in zip(actions, last):
+                now.append((b, t.spans[k, 1] - 1)), ended.append(end), expert.append(is_expert)
+                then.append((b, t.spans[min(k + 1, len(t) - 1), 1] - 1))
+                if is_expert and not end:
+                    states.append((b, int(t.spans[k + 1, 0])))
+        drawn = propose(policy, told, states, 1, temperature, (seed, key("next action"), step, *np.array([(numbers[b], start) for b, start in states]).T)) if states else []
+        tree = Tree(told, [(*place, *action[0]) for place, action in zip(states, drawn)], device, whole=range(len(told)))
+        h = tree.hidden(prm)  # (B, S, D): row b is trajectory b, and the actions drawn behind it
+        at = lambda places: prm.scores(h[tuple(torch.tensor(np.array(places)).T)])
+        ended, expert = torch.tensor(ended, device=device), torch.tensor(expert, device=device)
+        f_next = at(then)
+        f_next = f_next.masked_scatter(expert & ~ended, prm.scores(h[tree.row, tree.end]))
+        losses, z = inverse_loss(at(now), f_next, ended, expert, gamma)
+        loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
+        metrics = {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
+                   "reward/expert": (z[expert].sum(), int(expert.sum())), "reward/learner": (z[~expert].sum(), int((~expert).sum()))}
+        return loss, metrics
+
+    return optimise(prm, loss_of, updates, lr, state, name)

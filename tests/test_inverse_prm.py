@@ -1,0 +1,105 @@
+"""InversePRM: its loss against torch's, transitions by brute force, that outcomes are never read, and that it tells expert from learner."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import inverse_prm
+from inverse_prm import inverse_loss, train_inverse_prm, transitions
+from prm import score
+from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+
+
+def test_the_loss_is_torchs_on_the_difference_and_its_gradient_flows_through_both_scores():
+    g = torch.Generator().manual_seed(0)
+    f, f_next = (torch.randn(50, generator=g).requires_grad_() for _ in range(2))
+    ended, expert = torch.rand(50, generator=g) < 0.3, torch.rand(50, generator=g) < 0.5
+    losses, z = inverse_loss(f, f_next, ended, expert, 0.9)
+    want = [F.binary_cross_entropy(torch.sigmoid(a if e else a - 0.9 * b), x.float()) for a, b, e, x in zip(f, f_next, ended, expert)]
+    torch.testing.assert_close(losses, torch.stack(want))
+    losses.sum().backward()
+    assert (f.grad != 0).all() and torch.equal(f_next.grad != 0, ~ended)
+    torch.testing.assert_close(f_next.grad[~ended], -0.9 * f.grad[~ended])
+
+
+def test_transitions_are_those_with_a_next_action_or_an_end():
+    for t in (*played()[:20], *expert_trajectories()[:20]):
+        mask = np.random.default_rng(len(t)).random(len(t)) < 0.7
+        for taught_mask in (None, mask):
+            for hide in (False, True):
+                want = [(k, k == len(t) - 1) for k in range(len(t))
+                        if (taught_mask is None or taught_mask[k]) and (k < len(t) - 1 or not (t.truncated or hide))]
+                assert list(zip(*transitions(t, taught_mask, hide))) == want
+
+
+def fit(monkeypatch, demonstrations, rollouts, updates=3, **options):
+    """-> the PRM, its log and the losses' arguments of each update"""
+    seen = []
+    monkeypatch.setattr(inverse_prm, "inverse_loss", lambda *a: (seen.append([x.detach().clone() if torch.is_tensor(x) else x for x in a]), inverse_loss(*a))[1])
+    prm = taught().with_score_head()
+    log = train_inverse_prm(prm, taught(), tokenizer(), demonstrations, rollouts, counts(), **{
+        **dict(gamma=0.9, updates=updates, lr=3e-3, batch=8, temperature=1.0, seed=0, state=options.pop("state")), **options})
+    return prm, log, seen
+
+
+@pytest.fixture
+def sides():
+    return [(t, np.ones(len(t), bool)) for t in expert_trajectories()], played()
+
+
+def test_no_outcome_is_read(monkeypatch, tmp_path, sides):
+    """Poisoned rewards and `won` change nothing; only that an episode was cut is read, and with hide_ends not even that."""
+    demonstrations, rollouts = sides
+    poison = lambda t, **also: replace(t, reward=float("nan"), won=not t.won, **also)
+    weights = lambda prm: torch.cat([p.detach().flatten() for p in prm.parameters()])
+    clean, log, _ = fit(monkeypatch, demonstrations, rollouts, state=tmp_path / "a")
+    other, other_log, _ = fit(monkeypatch, [(poison(t), m) for t, m in demonstrations], list(map(poison, rollouts)), state=tmp_path / "b")
+    assert torch.equal(weights(clean), weights(other)) and log == other_log
+    clean, _, _ = fit(monkeypatch, demonstrations, rollouts, hide_ends=True, state=tmp_path / "c")
+    turned = lambda t: poison(t, truncated=not t.truncated)
+    other, _, _ = fit(monkeypatch, [(turned(t), m) for t, m in demonstrations], list(map(turned, rollouts)), hide_ends=True, state=tmp_path / "d")
+    assert torch.equal(weights(clean), weights(other))
+
+
+def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
+    """f and, for the learner, f' are what `score` says of a trajectory; for the expert f' is that of an action that the policy drew."""
+    demonstrations, rollouts = sides
+    drawn = []
+    monkeypatch.setattr(inverse_prm, "propose", lambda policy, told, states, *a: drawn.append((told, states)) or [[(tokenizer().action("look"), False)] for _ in states])
+    monkeypatch.setattr(type(tokenizer()), "renumber", lambda self, ids, *a, **k: np.asarray(ids, np.int64))
+    prm = random_model(head="score")
+    monkeypatch.setattr(inverse_prm, "optimise", lambda model, loss_of, *a: [loss_of(0)])
+    seen = []
+    monkeypatch.setattr(inverse_prm, "inverse_loss", lambda *a: (seen.append(a), inverse_loss(*a))[1])
+    (loss, _), = train_inverse_prm(prm, taught(), tokenizer(), demonstrations, rollouts, counts(), gamma=0.9, updates=1, lr=1, batch=6, temperature=1.0, seed=3, state=None)
+    (f, f_next, ended, expert, _), (told, states) = seen[0], drawn[0]
+    everyone = {tuple(t.ids): t for t in (*expert_trajectories(), *rollouts)}
+    picked = [everyone[tuple(ids)] for ids in told]
+    want, n = [], 0
+    for b, t in enumerate(picked):
+        own = score(prm, [t])[0]
+        for k, last in zip(*transitions(t)):
+            then = own[k + 1] if not last and b >= 3 else None
+            if not last and b < 3:
+                assert states[n] == (b, t.spans[k + 1, 0])
+                n += 1
+                branch = replace(t, ids=np.concatenate([t.ids[:t.spans[k + 1, 0]], tokenizer().action("look")]).astype(np.int32),
+                                 spans=np.array([*t.spans[:k + 1], (t.spans[k + 1, 0], t.spans[k + 1, 0] + len(tokenizer().action("look")))]))
+                then = score(prm, [branch])[0][-1]
+            want.append((own[k], then, last, b < 3))
+    assert n == len(states) and len(want) == len(f)
+    for (a, then, last, side), *got in zip(want, f, f_next, ended, expert):
+        assert got[0].item() == pytest.approx(a, abs=1e-4) and bool(got[2]) == last and bool(got[3]) == side
+        assert last or got[1].item() == pytest.approx(then, abs=1e-4)
+    losses = inverse_loss(f, f_next, ended, expert, 0.9)[0]
+    assert float(loss.detach()) == pytest.approx(float((losses[expert].mean() + losses[~expert].mean()).detach()) / 2, rel=1e-5)
+
+
+def test_it_learns_to_tell_the_expert_from_the_learner(monkeypatch, tmp_path, sides):
+    prm, log, _ = fit(monkeypatch, *sides, updates=60, state=tmp_path / "state")
+    assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.05)
+    end = {k: np.mean([entry[k] for entry in log[-5:]]) for k in log[0]}
+    assert end["accuracy"] > 0.65 and end["reward/expert"] > 0 > end["reward/learner"]
