@@ -143,8 +143,8 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
     plan = [generator(seed, "drawn", step).choice(len(trajectories), trunks, replace=len(trajectories) < trunks) for step in range(steps)]
-    drawn = np.unique(plan)
-    worth_of = dict(zip(drawn, weigh([trajectories[i] for i in drawn]))) if imitate else {}
+    visited = np.unique(plan)
+    worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
 
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""

@@ -109,7 +109,7 @@ def main():
     add(what, "--engine", "the fast exact world, or alfworld's own", default="fast", choices=("fast", "alfworld"))
     run = parser.add_argument_group("run")
     add(run, "--seed", "names all randomness", type=int, default=0)
-    add(run, "--slots", "episodes in flight at once (default: by free memory, at most 128 on a CPU)", type=int, metavar="N")
+    add(run, "--slots", "episodes in flight at once (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
     add(run, "--device", "auto, cpu or cuda", default="auto")
     add(run, "--json", "write the result there", metavar="FILE")
     args = parser.parse_args()
@@ -119,7 +119,7 @@ def main():
         raise UserError("--best-of needs --prm DIR")
     if args.best_of > 1 and args.admissible:
         raise UserError("--admissible is for plain sampling, not for --best-of")
-    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, args.slots or 1) < 1 or args.temperature < 0 or args.seed < 0:
+    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, 1 if args.slots is None else args.slots) < 1 or args.temperature < 0 or args.seed < 0:
         raise UserError("--best-of, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, --temperature and --seed at least 0")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing

@@ -37,26 +37,30 @@ def transitions(trajectory, taught=None, hide_ends=False):
     return actions, actions == T - 1
 
 
-def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
-                      hide_ends=False, name="InversePRM"):
+def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, hide_ends=False,
+                      name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
-    Each update takes as many of the one as of the other, `batch` in all, and either side weighs a half. What follows an expert's
-    action is sampled from `policy`, the current one, anew each time; in a rollout it is what the learner did.
+    Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
+    together. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
+    learner did: `temperature` must be that of the rollouts. ValueError where a side has no transitions.
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
+    pools = [[one for one in pool if len(transitions(*one[:2], hide_ends)[0])] for pool in pools]
+    if batch < 2 or not all(pools):
+        raise ValueError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
 
     def loss_of(step):
         rng = generator(seed, "inverse", step)
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
         told = [tokenizer.renumber(t.ids, counts[t.game], rng) for t, _, _ in picked]
         moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
-        total = [max(1, sum(len(actions) for (actions, _), (_, _, is_expert) in zip(moves, picked) if is_expert == side)) for side in (False, True)]
+        total = [sum(len(actions) for (actions, _), (_, _, is_expert) in zip(moves, picked) if is_expert == side) for side in (False, True)]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         if not told:
             return None, {}
-        now, then, ended, expert, states = [], [], [], [], []  # (row, place) of a, of a'; and the states at which the policy is asked for a'
+        now, then, ended, expert, states = [], [], [], [], []  # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
         for b, ((t, _, is_expert), (actions, last)) in enumerate(zip(picked, moves)):
             for k, end in zip(actions, last):
                 now.append((b, t.spans[k, 1] - 1)), ended.append(end), expert.append(is_expert)

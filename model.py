@@ -129,12 +129,15 @@ class Transformer(nn.Module):
         """
         cache.reserve(int(slots.max()) + 1)
         last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])  # of its row's tokens
-        if 2 * int(last.sum()) > cache.rows:  # most rows decode: one query each, without padding, in stretches of the cache
+        groups = []  # (tokens, stretch of the cache), each to be attended by itself
+        if 2 * int(last.sum()) > cache.rows:  # most rows are here: the last token of each, without padding, and those before it, by stretches
             step = max(32, -(-cache.rows // 4))
-            stretches = [slice(first, min(first + step, cache.rows)) for first in range(0, cache.rows, step)]
-            groups = [((which & (rows // step == n)).nonzero()[:, 0], stretch) for n, stretch in enumerate(stretches) for which in (last, ~last)]
+            for first in range(0, cache.rows, step):
+                stretch = slice(first, min(first + step, cache.rows))
+                inside = (rows >= stretch.start) & (rows < stretch.stop)
+                groups += [((inside & which).nonzero()[:, 0], stretch) for which in (last, ~last)]
         else:
-            groups = [(torch.arange(len(ids), device=ids.device), slice(0, cache.rows))]
+            groups.append((torch.arange(len(ids), device=ids.device), slice(0, cache.rows)))
         parts = [_Queries(self.config, rows[tokens], slots[tokens], tokens, stretch) for tokens, stretch in groups if len(tokens)]
 
         def attend_in(layer):
@@ -214,11 +217,13 @@ class _Queries:
         self.tokens, self.kv = tokens, c.n_kv_heads
         used, self.row, count = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
         self.within = torch.arange(len(tokens), device=rows.device) - (count.cumsum(0) - count)[self.row]
-        self.B, self.S, self.T = len(used), int(count.max()), int(slots.max()) + 1
-        self.read = lambda cached: cached[:, :, :self.T].index_select(0, used)
-        if 2 * self.B > stretch.stop - stretch.start:  # to read the stretch where it lies is cheaper than to copy half of it
-            self.row, self.B = rows - stretch.start, stretch.stop - stretch.start
+        self.S, self.T, size = int(count.max()), int(slots.max()) + 1, stretch.stop - stretch.start
+        if 2 * len(used) > size:  # to read the stretch where it lies is cheaper than to copy half of it
+            self.row, self.B = rows - stretch.start, size
             self.read = lambda cached: cached[stretch, :, :self.T]
+        else:
+            self.B = len(used)
+            self.read = lambda cached: cached[:, :, :self.T].index_select(0, used)
         seen = torch.arange(self.T, device=rows.device) <= slots.new_zeros(self.B, self.S).index_put((self.row, self.within), slots)[..., None]
         bias = torch.zeros(seen.shape, device=rows.device).masked_fill_(~seen, -torch.inf)  # as a mask of truth values it would be turned into this by every layer
         self.bias = bias[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)

@@ -148,11 +148,13 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
 
 
 def slots_for(policy):
-    """Episodes in flight: as many as a quarter of the free memory holds at full length, at most 128 on a CPU (more gain nothing), 1024 on a GPU."""
+    """Episodes in flight: 128 on a CPU (more gain nothing), 1024 on a GPU, or as many as 2 GiB hold at full length.
+
+    Not what happens to be free: a shard must be the same whoever plays it.
+    """
     device, c = policy.cos.device, policy.config
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    row = Cache(c, 1, 1, device).k.nbytes * 2 * c.max_len
-    return max(1, min(free // 4 // row, 1024 if device.type == "cuda" else 128))
+    row = 2 * c.max_len * Cache(c, 1, 1, device).k.nbytes  # bytes
+    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // row))
 
 
 def encode_prompts(policy, cache, started, prompts):

@@ -59,7 +59,8 @@ class Stage:
 class Run:
     def __init__(self, args):
         self.path, self.device = Path(args.out), pick_device(args.device)
-        self.workers = torch.get_num_threads() if self.device.type == "cpu" else min(8, torch.get_num_threads())  # processes that play rollouts; on a GPU, for it not to wait for the worlds
+        cores = torch.get_num_threads()
+        self.workers = cores if self.device.type == "cpu" else min(8, cores)  # processes that play rollouts: several keep a GPU from waiting for worlds
         flags = {k: v for k, v in vars(args).items()}
         config = self.path / "config.json"
         if first_says(config.exists()):

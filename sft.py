@@ -24,7 +24,7 @@ from expert import Expert, demonstrate, fit_prior, parse_task
 from games import game_flags, games_for, split_dev
 from model import Config, Transformer
 from ranks import mine, summed
-from rollout import Trajectory
+from rollout import MAX_ACTION, Trajectory
 from tokenizer import ACT, END, PAD, Tokenizer, split_intro
 
 
@@ -68,16 +68,21 @@ def demonstration(env, games, prior, number, seed, mistakes):
     return game, demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=env.max_steps)
 
 
-def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps):
-    """The demonstrations as the rollouts of a policy would be stored. -> [(Trajectory, taught (T,) bool: not a mistake)]"""
+def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, context=2048):
+    """The demonstrations as the rollouts of a policy would be stored, those that outgrow its context cut as there.
+
+    -> [(Trajectory, taught (T,) bool: not a mistake)]
+    """
     env, out = AlfworldEnv(max_steps), []
     for number in range(demos):
         game, demo = demonstration(env, games, prior, number, seed, mistakes)
         ids, _ = demonstration_tokens(demo, tokenizer, 0)
         spans = np.stack([np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1], axis=1)  # (T, 2)
-        taught, T = np.array([step.trained for step in demo.steps]), len(demo.steps)
-        out.append((Trajectory(game.id, ids.astype(np.int32), spans.astype(np.int32), np.zeros(T, np.float32), np.zeros(T, bool),
-                               np.array([step.observation == NOTHING_HAPPENS for step in demo.steps]), float(demo.won), demo.won, not demo.won, seed, number), taught))
+        T = int((spans[:, 0] + MAX_ACTION <= context).sum())  # actions that fit
+        cut, won = T < len(spans), demo.won and T == len(spans)
+        taught, inadmissible = (np.array([f(step) for step in demo.steps[:T]]) for f in (lambda s: s.trained, lambda s: s.observation == NOTHING_HAPPENS))
+        out.append((Trajectory(game.id, ids[:spans[T - 1, 1]].astype(np.int32), spans[:T].astype(np.int32), np.zeros(T, np.float32), np.zeros(T, bool), inadmissible,
+                               float(won), won, cut or not demo.won, seed, number), taught))
     return out
 
 

