@@ -15,7 +15,7 @@ from ranks import mine, summed
 
 
 def inverse_loss(f, f_next, ended, expert, gamma):
-    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, eq. 7), gradient through both terms.
+    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, InversePRM), gradient through both terms.
 
     f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, z =
     f(s, a). expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached

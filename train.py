@@ -39,7 +39,7 @@ def main():
     for i in range(1, args.iters + 1):
         trajectories = roll_out(args, run, games, i)
         process_reward_model(args, run, games, i, trajectories)
-        improve(args, run, games, i)
+        improve(args, run, games, i, trajectories)
     for i in range(args.iters + 1):
         evaluate(args, run, i, "dev", games.dev, args.dev_episodes)
         for split, test in games.test.items():
@@ -122,7 +122,7 @@ def process_reward_model(args, run, games, i, trajectories):
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table), "visits": visit_statistics(table), "log": log})
 
 
-def improve(args, run, games, i):
+def improve(args, run, games, i, trajectories):
     """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init), at states of all rollouts so far."""
     with run.stage(f"iter{i}/dpo") as stage:
         if stage.done:
@@ -130,9 +130,9 @@ def improve(args, run, games, i):
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
-        trajectories = [t for j in range(1 if args.states_of == "all" else i, i + 1) for t in stored_rollouts(run, j)]
+        earlier = [t for j in range(1, i) for t in stored_rollouts(run, j)] if args.states_of == "all" else []
         weigh = lambda some: [imitated(t, 1 / (1 + np.exp(-f)), args.gamma, args.obs_weight) for t, f in zip(some, score(prm, some))]
-        log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, trajectories, games.counts, pairs=args.pairs,
+        log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
                          imitate=args.imitate, weigh=weigh, name=f"DPO {i}")
