@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import UserError, generator, pad, read_model, set_up_torch
-from dpo import Tree, dpo_loss
+from dpo import dpo_loss
 from games import games_for, split_dev
 from model import Cache
 from prm import bce_loss, scores_at_actions
@@ -19,6 +19,7 @@ from qestimate import labels_of, q_table
 from rollout import MAX_ACTION, feed, rollout, sample_tokens
 from stock import StockAlfworldEnv
 from tokenizer import END, PAD, SPECIAL, split_intro
+from tree import Tree
 
 CAP = 30  # actions an episode
 

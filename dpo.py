@@ -2,11 +2,7 @@
 
 At states of the rollouts the *current* policy proposes actions, a score picks the best and the worst of them as chosen and
 rejected, and DPO moves the policy against a frozen reference. All states of a trajectory, and all actions at each, share one
-forward pass: the trajectory is the trunk of a tree whose branches are the proposed actions.
-
-        <task> … <act> go to desk 1 <end> You … <act> take pen 1 … <end>        trunk: causal
-                     ├ go to bed 1 <end>                 ├ open desk 1 <end>      branches: see the trunk up to their <act>,
-                     └ go to shelf 2 <end>               └ look <end>             and themselves
+forward pass (tree.py).
 """
 
 import numpy as np
@@ -14,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from common import generator, key, optimise, pad
-from model import Cache
 from qestimate import returns
 from ranks import mine, summed
-from rollout import action_logprobs, branch
+from tree import Tree, distinct, propose
 
 
 def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
@@ -28,61 +23,6 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     """
     chosen, rejected = beta * (pi_chosen - ref_chosen), beta * (pi_rejected - ref_rejected)
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
-
-
-class Tree:
-    """A batch of trunks (trajectories) with branches (actions) as padded sequences for one forward pass.
-
-    trunks: list of (L,) id arrays. branches: list of (trunk number, start, action ids, forced), `start` being the place of the
-    action in its trunk: a branch sees trunk[:start]. forced: the final <end> was not sampled and carries no log-probability.
-    Trunks are cut behind what their branches see, and those without branches left out, but for the trunk numbers in `whole`.
-    `rows`: the trunk number of each row.
-    """
-
-    def __init__(self, trunks, branches, device="cpu", whole=()):
-        mine = [[] for _ in trunks]
-        for n, branch in enumerate(branches):
-            mine[branch[0]].append(n)
-        self.rows = [b for b, m in enumerate(mine) if m or b in whole]
-        ids, positions, owner, limit = [], [], [], []
-        self.end = [None] * len(branches)  # place of each branch's <end>
-        token_branch, token_row, token_place, token_before = [], [], [], []
-        for row, b in enumerate(self.rows):
-            L = len(trunks[b]) if b in whole else max(branches[n][1] for n in mine[b])  # no branch looks at the trunk beyond here
-            i, p = list(trunks[b][:L]), list(range(L))
-            o, l = [-1] * L, [-1] * L  # trunk tokens: owner -1
-            for n in mine[b]:
-                _, start, action, forced = branches[n]
-                for k, token in enumerate(action):
-                    if not (forced and k == len(action) - 1):
-                        token_branch.append(n), token_row.append(row), token_place.append(len(i))
-                        token_before.append(len(i) - 1 if k else start - 1)  # whose hidden state predicts this token
-                    i.append(token), p.append(start + k), o.append(n), l.append(start)
-                self.end[n] = len(i) - 1
-            ids.append(i), positions.append(p), owner.append(o), limit.append(l)
-        to = lambda x: torch.as_tensor(x, dtype=torch.long).to(device)
-        self.ids, self.positions = pad(ids).to(device), pad(positions).to(device)  # (B, S)
-        owner, limit, S = pad(owner, -2).to(device), pad(limit, 0).to(device), self.ids.shape[1]
-        trunk = (owner == -1)[:, None, :]  # columns that are trunk
-        causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
-        self.mask = causal & ((owner[:, :, None] == owner[:, None, :]) | (trunk & (self.positions[:, None, :] < limit[:, :, None])))
-        self.end, self.row = to(self.end), to([self.rows.index(branch[0]) for branch in branches])
-        self.token_branch, self.token_row, self.token_place, self.token_before = map(to, (token_branch, token_row, token_place, token_before))
-
-    def hidden(self, model):
-        """(B, S, D): the trunks' tokens first, then those of their branches."""
-        return model(self.ids, self.positions, self.mask)
-
-    def logprobs(self, policy, temperature, h=None):
-        """Log-probability of each branch's action, summed over its sampled tokens: (branches,). h: the policy's `hidden`, if at hand."""
-        h = self.hidden(policy) if h is None else h
-        logp = action_logprobs(policy.logits(h[self.token_row, self.token_before]), temperature)  # (tokens, V)
-        logp = logp.gather(-1, self.ids[self.token_row, self.token_place][:, None])[:, 0]
-        return logp.new_zeros(len(self.end)).index_add(0, self.token_branch, logp)
-
-    def scores(self, prm):
-        """The PRM's f of each branch's action: (branches,)."""
-        return prm.scores(self.hidden(prm)[self.row, self.end])
 
 
 def imitation_loss(policy, h, ids, weights, total=None):
@@ -111,26 +51,6 @@ def imitated(trajectory, q, gamma, obs_weight):
     return weights
 
 
-@torch.no_grad()
-def propose(policy, trunks, states, n, temperature, names):
-    """Sample n actions at each state [(trunk number, start)], with the trunks encoded once.
-
-    names: integers, or arrays (states,) of them, that name the random numbers. -> list over states of n (action ids, forced).
-    """
-    device = policy.cos.device
-    lengths = np.array([max([start for b, start in states if b == n], default=1) for n in range(len(trunks))])  # no state sees more
-    trunks = [trunk[:length] for trunk, length in zip(trunks, lengths)]
-    trunk_cache = Cache(policy.config, len(trunks), int(lengths.max()), device)
-    rows = np.repeat(np.arange(len(trunks)), lengths)
-    slots = np.concatenate([np.arange(l) for l in lengths])
-    to = lambda a: torch.from_numpy(a).to(device)
-    h = policy.extend(to(np.concatenate(trunks).astype(np.int64)), to(rows), to(slots), trunk_cache)  # (tokens, D)
-    owner, start = np.array(states).T
-    last = (lengths.cumsum() - lengths)[owner] + start - 1  # the <act> before the action
-    drawn = branch(policy, trunk_cache, owner, start, h[to(last)], n, np.stack([np.broadcast_to(name, len(owner)) for name in names]), temperature)
-    return [[(action, forced) for action, _, forced in state] for state in drawn]
-
-
 def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
                trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
@@ -149,9 +69,9 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
         sampled = propose(policy, ids, states, proposals, temperature, (seed, key("propose"), step, numbers))
-        distinct = [first_of_each(drawn, lambda drawn: tokenizer.decode(drawn[0]).strip()) for drawn in sampled]
-        branches = [(*state, *action) for state, drawn in zip(states, distinct) if len(drawn) > 1 for action in drawn]
-        counts_of = [len(drawn) for drawn in distinct if len(drawn) > 1]
+        different = [distinct(drawn, tokenizer) for drawn in sampled]
+        branches = [(*state, *action) for state, drawn in zip(states, different) if len(drawn) > 1 for action in drawn]
+        counts_of = [len(drawn) for drawn in different if len(drawn) > 1]
         metrics["pairs/differ"] = (len(counts_of), len(states))
         if not branches:
             return []
@@ -198,11 +118,3 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
         return loss, metrics
 
     return optimise(policy, loss_of, steps, lr, state, name)
-
-
-def first_of_each(things, name):
-    """Drop duplicates by name(thing), keeping the order."""
-    kept = {}
-    for thing in things:
-        kept.setdefault(name(thing), thing)
-    return list(kept.values())

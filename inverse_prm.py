@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from common import generator, key, optimise
-from dpo import Tree, propose
 from ranks import mine, summed
+from tree import Tree, propose
 
 
 def inverse_loss(f, f_next, ended, expert, gamma):

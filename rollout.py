@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from common import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
 from env import NOTHING_HAPPENS, AlfworldEnv
 from model import Cache
-from tokenizer import ACT, END, SPECIAL, split_intro
+from tokenizer import END, SPECIAL, split_intro
 
 MAX_ACTION = 16  # tokens, <end> included
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dpo import Tree, first_of_each
 from rollout import branch
+from tree import Tree, distinct
 
 
 def best_of_n(prm, n):
@@ -11,11 +11,11 @@ def best_of_n(prm, n):
 
     def choose(policy, tokenizer, cache, rows, lengths, h, names, temperature, histories):
         drawn = branch(policy, cache, rows, lengths[rows], h, n, names, temperature)
-        distinct = [first_of_each(state, lambda drawn: tokenizer.decode(drawn[0]).strip()) for state in drawn]
-        branches = [(j, len(histories[j]), a, f) for j, state in enumerate(distinct) for a, _, f in state]
+        drawn = [distinct(state, tokenizer) for state in drawn]
+        branches = [(j, len(histories[j]), a, f) for j, state in enumerate(drawn) for a, _, f in state]
         q = Tree(histories, branches, policy.cos.device).scores(prm).cpu().numpy()
-        ends = np.cumsum([len(state) for state in distinct])
-        best = [state[int(part.argmax())] for state, part in zip(distinct, np.split(q, ends[:-1]))]
+        ends = np.cumsum([len(state) for state in drawn])
+        best = [state[int(part.argmax())] for state, part in zip(drawn, np.split(q, ends[:-1]))]
         return tuple(map(list, zip(*best)))
 
     return choose

@@ -11,7 +11,7 @@ from common import save_model
 from eval import main as eval_main
 from eval import evaluate_policy, evaluate_scripted, paired_bootstrap, summarise, table
 from search import best_of_n
-from tiny import assert_refused, command, games, in_process, prior, random_model, taught, tokenizer
+from tiny import assert_refused, command, games, in_process, prior, taught, tokenizer
 
 CONTRACT = {"agent": str, "split": str, "games": int, "success": float, "mean_actions": float, "by_task": dict, "max_steps": int, "temperature": (float, type(None)),
             "engine": str, "alfworld": str, "data": str, "seed": int, "episodes": list}

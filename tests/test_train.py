@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from common import UserError, read_model, save_model
-from dpo import Tree
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from rollout import load_trajectories
 from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
 from train import main as train_main
 from train import episodes_of_each_game, parse_flags
+from tree import Tree
 
 TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--min-games", "6", "--shard", "12",
         "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]

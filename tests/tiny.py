@@ -17,8 +17,9 @@ from common import command_line
 from expert import fit_prior
 from games import generated_split
 from model import Config, Transformer
-from rollout import rollout
+from rollout import MAX_ACTION, rollout
 from sft import train_sft, train_tokenizer
+from tokenizer import END
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +86,20 @@ def demonstrations():
 
 def expert_trajectories():
     return [t for t, _ in demonstrations()]
+
+
+def some_branches(seed=0, trunks=4, n=24):
+    """Played trajectories with random actions branching off at random places of theirs: (trunks, branches)."""
+    rng = np.random.default_rng(seed)
+    picked = [played()[i] for i in rng.choice(len(played()), trunks, replace=False)]
+    branches = []
+    for b in sorted(rng.integers(trunks, size=n)):
+        t = picked[b]
+        start = int(t.spans[rng.integers(len(t)), 0])
+        forced = bool(rng.random() < 0.3)
+        length = MAX_ACTION - 1 if forced else rng.integers(0, 6)
+        branches.append((int(b), start, [*rng.integers(6, len(tokenizer()), length).tolist(), END], forced))
+    return [t.ids for t in picked], branches
 
 
 def assert_same(a, b):
