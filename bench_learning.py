@@ -14,7 +14,7 @@ from common import UserError, generator, pad, read_model, set_up_torch
 from dpo import dpo_loss
 from games import games_for, split_dev
 from model import Cache
-from prm import bce_loss, scores_at_actions
+from prm import actions_of, bce_loss, scores_at
 from qestimate import labels_of, q_table
 from rollout import MAX_ACTION, feed, rollout, sample_tokens
 from stock import StockAlfworldEnv
@@ -184,7 +184,7 @@ def bench_prm(args, row):
     def in_one_pass(part):
         trajectories, labels = zip(*part)
         q_hat, weight = (torch.from_numpy(np.concatenate([l[k] for l in labels])) for k in (0, 1))
-        return bce_loss(scores_at_actions(prm, prm(pad([t.ids for t in trajectories])), [t.spans for t in trajectories]), q_hat, weight, total)
+        return bce_loss(scores_at(prm, prm(pad([t.ids for t in trajectories])), actions_of(trajectories)), q_hat, weight, total)
 
     def a_sequence_each(part):
         ids, q_hat, weight = zip(*part)

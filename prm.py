@@ -4,6 +4,9 @@ The PRM is the policy's transformer with a scalar head f, read at the <end> of e
 gives Q at all its actions.
 """
 
+from dataclasses import dataclass
+from typing import Callable
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 from common import generator, optimise, pad
 from qestimate import pearson
 from ranks import mine, summed
+from tree import Tree
 
 
 def bce_loss(f, q_hat, weight, total=None):
@@ -27,11 +31,29 @@ def label_entropy(q_hat, weight, total=None):
     return (weight * entropy).sum() / (weight.sum() if total is None else total)
 
 
-def scores_at_actions(prm, h, spans):
-    """f at the <end> of every action: hidden states h (B, S, D), spans list of (T, 2). -> (sum of T,), trajectory after trajectory."""
-    row = torch.cat([torch.full((len(s),), b) for b, s in enumerate(spans)]).to(h.device)
-    end = torch.cat([torch.as_tensor(s[:, 1] - 1, dtype=torch.long) for s in spans]).to(h.device)
-    return prm.scores(h[row, end])
+def bt_loss(f_better, f_worse):
+    """−log σ(f(s, a⁺) − f(s, a⁻)) for pairs (N,) of the same state (P1, relative loss; Bradley–Terry). -> losses (N,)"""
+    return -F.logsigmoid(f_better - f_worse)
+
+
+def promise_progress_loss(M, q_hat, advantage, beta):
+    """(M_t − Q̂_t)² + β ((M_t − M_{t−1}) − Â_t)², the second not at t = 0, of one trajectory: all (T,), labels constant (P2). -> losses (T,)
+
+    Gradient goes through M_{t−1} too.
+    """
+    return (M - q_hat) ** 2 + beta * F.pad((M[1:] - M[:-1] - advantage[1:]) ** 2, (1, 0))
+
+
+def actions_of(trajectories):
+    """The places where Q(s_t, a_t) is read: the <end> of each action. -> list of (T,) arrays"""
+    return [t.spans[:, 1] - 1 for t in trajectories]
+
+
+def scores_at(prm, h, places):
+    """f behind the tokens at `places`, a list of B arrays (n,), of hidden states h (B, S, D). -> (sum of n,), row after row."""
+    row = np.repeat(np.arange(len(places)), [len(p) for p in places])
+    row, place = (torch.as_tensor(a, dtype=torch.long).to(h.device) for a in (row, np.concatenate(places)))
+    return prm.scores(h[row, place])
 
 
 def answers_of(spans):
@@ -70,32 +92,91 @@ def epoch_steps(n, batch, pool=8):
     return whole * pool + -(-rest // batch)
 
 
-def train_prm(prm, tokenizer, trajectories, labels, counts, *, epochs, lr, batch, seed, state, obs_weight=0.0, renumber=True, name="PRM"):
-    """Fit Q to the labels [(q_hat (T,), weight (T,))] of the trajectories, and `obs_weight` times the world's answers. -> log.
+@dataclass
+class Objective:
+    """What train_prm minimises: `loss`, of the scores f read at `places` of each trajectory."""
+    loss: Callable  # (f: list of (n,) tensors, picked: their trajectories' numbers, total) -> scalar, {metric: (sum, count)}
+    places: list  # of each trajectory: (n,) array, tokens behind which f is read; those of branches lie behind its own
+    weights: list  # of each trajectory in the loss: those of a batch make up `total`
+    branches: list = None  # of each trajectory: [(start, ids)], other actions
 
-    counts: {game id: {base name: n}}; with `renumber` every pass tells each trajectory with other instance numbers, under
-    which Q does not change.
+
+def fit_labels(labels, places):
+    """Q near labels [(q_hat (n,), weight (n,))], by `bce_loss`."""
+    def loss(f, picked, total):
+        q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in picked])).to(f[0].device) for k in (0, 1))
+        loss = bce_loss(torch.cat(f), q_hat, weight, total)
+        return loss, {"excess": summed(loss.detach() - label_entropy(q_hat, weight, total))}
+
+    return Objective(loss, places, [float(weight.sum()) for _, weight in labels])
+
+
+def prefer(trajectories, pairs):
+    """f higher for the better of two actions of one state, by `bt_loss`: pairs as from `preference_pairs`."""
+    places, branches = [], []
+    for t, found in zip(trajectories, pairs):
+        others = np.cumsum([len(t.ids), *(len(ids) for _, ids in found)])[1:] - 1
+        places.append(np.concatenate([t.spans[[k for k, _ in found], 1] - 1, others]) if found else np.empty(0, np.int64))
+        branches.append([(int(t.spans[k, 0]), ids) for k, ids in found])
+
+    def loss(f, picked, total):
+        better, worse = (torch.cat(side) for side in zip(*(scores.chunk(2) for scores in f)))
+        return bt_loss(better, worse).sum() / max(1, total), {"accuracy": ((better > worse).sum(), len(better))}
+
+    return Objective(loss, places, list(map(len, pairs)), branches)
+
+
+def promise_and_progress(trajectories, targets, beta):
+    """Promise M = σ(f) near Q̂ and its change near Â, by `promise_progress_loss`: targets(number of the trajectory, M (T,)) -> Q̂, Â."""
+    def loss(f, picked, total):
+        M = [scores.sigmoid() for scores in f]
+        labels = [[torch.tensor(x, dtype=m.dtype, device=m.device) for x in targets(i, m.detach().double().cpu().numpy())] for i, m in zip(picked, M)]
+        losses = torch.cat([promise_progress_loss(m, *label, beta) for m, label in zip(M, labels)])
+        return losses.sum() / total, {"promise": (sum(((m - q_hat) ** 2).sum().detach() for m, (q_hat, _) in zip(M, labels)), len(losses))}
+
+    return Objective(loss, actions_of(trajectories), [len(t) for t in trajectories])
+
+
+def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, batch, seed, state, obs_weight=0.0, renumber=True, name="PRM"):
+    """Fit f to an Objective over the trajectories, and `obs_weight` times the world's answers. -> log.
+
+    counts: {game id: {base name: n}}; with `renumber` every pass tells each
+    trajectory with other instance numbers, under which Q does not change.
     """
     lengths = np.array([len(t.ids) for t in trajectories])
     steps = max(1, round(epochs * epoch_steps(len(lengths), batch)))
     plan = [i for _, i in zip(range(steps), batches(lengths, batch, generator(seed, "prm")))]
     device = prm.cos.device
 
+    def told(i, rng):
+        """Ids of a trajectory, those of its branches behind them, with other numbers. -> ids (L,), branches [ids]"""
+        ids, branches = trajectories[i].ids, [ids for _, ids in objective.branches[i]] if objective.branches else []
+        everything = np.concatenate([ids, *branches])
+        everything = tokenizer.renumber(everything, counts[trajectories[i].game], rng) if renumber else everything
+        ids, *branches = np.split(everything, np.cumsum([len(ids), *map(len, branches)])[:-1])
+        return ids, branches
+
     def loss_of(step):
         rng = generator(seed, "prm numbers", step)
-        told = [tokenizer.renumber(trajectories[i].ids, counts[trajectories[i].game], rng) if renumber else trajectories[i].ids for i in plan[step]]
-        total = sum(float(labels[i][1].sum()) for i in plan[step])  # of the batch; this rank has a part of it
+        texts = [told(i, rng) for i in plan[step]]
+        total = sum(objective.weights[i] for i in plan[step])  # of the batch; this rank has a part of it
         total_answers = sum(len(answers_of(trajectories[i].spans)) for i in plan[step])
-        picked, told = mine(plan[step]), mine(told)
-        if not told:
+        picked, texts = mine(plan[step]), mine(texts)
+        if not len(picked):
             return None, {}
-        ids, spans = pad(told).to(device), [trajectories[i].spans for i in picked]
-        h = prm(ids)  # (B, S, D)
-        q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in picked])).to(device) for k in (0, 1))
-        loss = bce_loss(scores_at_actions(prm, h, spans), q_hat, weight, total)
-        metrics = {"loss": summed(loss.detach()), "excess": summed(loss.detach() - label_entropy(q_hat, weight, total))}
+        trunks = [ids for ids, _ in texts]
+        if objective.branches:
+            branches = [(row, start, ids.tolist(), False) for row, (i, (_, others)) in enumerate(zip(picked, texts)) for (start, _), ids in zip(objective.branches[i], others)]
+            tree = Tree(trunks, branches, device, whole=range(len(trunks)))
+            ids, h = tree.ids, tree.hidden(prm)
+        else:
+            ids = pad(trunks).to(device)
+            h = prm(ids)  # (B, S, D)
+        places = [objective.places[i] for i in picked]
+        loss, metrics = objective.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, total)
+        metrics = {"loss": summed(loss.detach()), **metrics}
         if obs_weight:
-            answers = answers_loss(prm, h, ids, spans, total_answers)
+            answers = answers_loss(prm, h, ids, [trajectories[i].spans for i in picked], total_answers)
             metrics["answers"] = summed(answers.detach())
             loss = loss + obs_weight * answers
         return loss, metrics
@@ -111,7 +192,7 @@ def score(prm, trajectories, batch=64):
     for start in range(0, len(order), batch):
         picked = order[start:start + batch]
         h = prm(pad([trajectories[i].ids for i in picked]).to(prm.cos.device))
-        f = scores_at_actions(prm, h, [trajectories[i].spans for i in picked]).cpu().numpy()
+        f = scores_at(prm, h, actions_of([trajectories[i] for i in picked])).cpu().numpy()
         for i, part in zip(picked, np.split(f, np.cumsum([len(trajectories[i]) for i in picked])[:-1])):
             out[i] = part
     return out

@@ -1,6 +1,7 @@
-"""Monte Carlo labels: trajectories -> Q̂(s, a), exactly as the table G(s, a) of the paper, and what is to be known about it.
+"""Labels: trajectories -> Q̂(s, a), exactly as the table G(s, a) of the paper, and what is to be known about it.
 
-A state is the text of its history, so episodes of different games that read the same so far share their returns.
+A state is the text of its history, so episodes of different games that read the same so far share their returns. Beside these
+Monte Carlo labels: preferences between actions of one state, and labels that bootstrap on the PRM's own values.
 """
 
 import hashlib
@@ -45,6 +46,51 @@ def labels_of(trajectories, table):
     """Cut the flat table into per-trajectory (q_hat (T,), weight (T,)): each distinct (s, a) weighs one, an occurrence 1/count."""
     ends = np.cumsum([len(t) for t in trajectories])[:-1]
     return list(zip(np.split(table["q_hat"].astype(np.float32), ends), np.split((1.0 / table["count"]).astype(np.float32), ends)))
+
+
+def preference_pairs(trajectories, table, gap):
+    """Actions of the same state of which one is better by more than `gap`: Q̂(s, a⁺) > Q̂(s, a⁻) + δ (P1, relative loss).
+
+    Each distinct (s, a⁺, a⁻) comes once, with the rollout in which a⁺ was seen first. -> for each trajectory a list of (number of
+    its action a⁺, ids of a⁻); {"pairs", "states", "dropped": states with one action, or with none that is better}
+    """
+    owner = [(i, k) for i, t in enumerate(trajectories) for k in range(len(t))]
+    pair, first = np.unique(table["pair"], return_index=True)  # every distinct (s, a), where it was seen first
+    of_state = {}
+    for n in sorted(first.tolist()):
+        of_state.setdefault(int(table["state"][n]), []).append(n)
+    out, states = [[] for _ in trajectories], 0
+    for actions in of_state.values():
+        q_hat = table["q_hat"][actions]
+        found = [(actions[a], actions[b]) for a, b in zip(*np.nonzero(q_hat[:, None] > q_hat + gap))]
+        states += bool(found)
+        for better, worse in found:
+            (i, k), (j, l) = owner[better], owner[worse]
+            out[i].append((k, trajectories[j].ids[slice(*trajectories[j].spans[l])]))
+    return out, {"pairs": sum(map(len, out)), "states": states, "dropped": len(of_state) - states}
+
+
+def td_gae(M, v_0, R, gamma, lam):
+    """Labels that bootstrap on the PRM's promises M (T,) and the value v_0 of the first state (P2, TD + GAE).
+
+    M_{t−1} stands for V(s_t): δ_t = γ M_t − M_{t−1}, at the end R − M_{T−2}; Â_t = Σ_k (γλ)^k δ_{t+k}. -> Q̂_t = M_{t−1} + Â_t
+    and Â_t, each (T,)
+    """
+    before = np.concatenate([[v_0], M[:-1]])
+    delta = np.concatenate([gamma * M[:-1], [R]]) - before
+    advantage, ahead = np.zeros(len(M)), 0.0
+    for t in reversed(range(len(M))):
+        advantage[t] = ahead = delta[t] + gamma * lam * ahead
+    return before + advantage, advantage
+
+
+def sarsa(M, v_0, R, gamma, lam):
+    """The same with ordinary SARSA(λ): Q̂_t = γ((1−λ) M_{t+1} + λ Q̂_{t+1}), at the end R. -> Q̂_t and Q̂_t − M_{t−1}, each (T,)"""
+    q_hat = np.zeros(len(M))
+    q_hat[-1] = R
+    for t in reversed(range(len(M) - 1)):
+        q_hat[t] = gamma * ((1 - lam) * M[t + 1] + lam * q_hat[t + 1])
+    return q_hat, q_hat - np.concatenate([[v_0], M[:-1]])
 
 
 def visit_statistics(table):

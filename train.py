@@ -20,7 +20,7 @@ from dpo import imitated, online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
 from model import Config, Transformer
-from prm import report, score, train_prm
+from prm import actions_of, fit_labels, report, score, train_prm
 from qestimate import held_out_check, labels_of, q_table, visit_statistics
 from rollout import load_trajectories, play_shards
 from runs import Run, estimate, final_table, load_games
@@ -115,7 +115,7 @@ def process_reward_model(args, run, games, i, trajectories):
         fit, test = ([t for t in trajectories if (t.game.split("/")[0] in held) == out] for out in (False, True))
         table, test_table = q_table(fit, tokenizer, args.gamma), q_table(test, tokenizer, args.gamma)
         prm = policy.with_score_head()
-        log = train_prm(prm, tokenizer, fit, labels_of(fit, table), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
+        log = train_prm(prm, tokenizer, fit, fit_labels(labels_of(fit, table), actions_of(fit)), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
                         batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
         prm.eval()
         save_model(run.path / f"iter{i}/prm", prm, tokenizer)

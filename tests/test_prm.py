@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 import prm as prm_module
 from common import pad
-from prm import answers_loss, batches, bce_loss, epoch_steps, label_entropy, report, score, scores_at_actions, train_prm
-from qestimate import labels_of, q_table
+from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, prefer, promise_and_progress,
+                 promise_progress_loss, report, score, scores_at, train_prm)
+from qestimate import labels_of, preference_pairs, q_table, td_gae
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+from tokenizer import END
 
 
 def random_labels(n, seed=0):
@@ -48,13 +50,38 @@ def test_the_labels_entropy_is_the_least_loss_there_is():
     assert float(label_entropy(torch.full((3,), 0.5), torch.ones(3))) == pytest.approx(np.log(2))
 
 
+def test_the_relative_loss_is_a_bernoulli_of_the_difference():
+    f, g = random_labels(50)[0], random_labels(50, 1)[0]
+    torch.testing.assert_close(bt_loss(f, g), F.binary_cross_entropy_with_logits(f - g, torch.ones(50), reduction="none"))
+    torch.testing.assert_close(bt_loss(f + 3, g + 3), bt_loss(f, g), atol=1e-5, rtol=1e-4)  # a constant of the state does not matter
+
+
+def test_promise_and_progress_written_out():
+    rng = np.random.default_rng(0)
+    for T in (1, 2, 7):
+        M, q_hat, advantage = (torch.from_numpy(rng.random(T)) for _ in range(3))
+        M.requires_grad_()
+        ours = promise_progress_loss(M, q_hat, advantage, 0.7)
+        expected = [(M[t] - q_hat[t]) ** 2 + (0.7 * (M[t] - M[t - 1] - advantage[t]) ** 2 if t else 0) for t in range(T)]
+        torch.testing.assert_close(ours, torch.stack(expected))
+        ours.sum().backward()
+        step = [2 * (M[t] - q_hat[t]) + (1.4 * (M[t] - M[t - 1] - advantage[t]) if t else 0) - (1.4 * (M[t + 1] - M[t] - advantage[t + 1]) if t + 1 < T else 0)
+                for t in range(T)]
+        torch.testing.assert_close(M.grad, torch.stack(step).detach())  # through M_{t−1} too
+    # with labels that bootstrap on M itself the two losses are equal in value at t > 0
+    M = torch.from_numpy(rng.random(6))
+    q_hat, advantage = map(torch.from_numpy, td_gae(M.numpy(), 0.2, 1.0, 0.95, 0.95))
+    losses = promise_progress_loss(M, q_hat, advantage, 1.0)
+    torch.testing.assert_close(losses[1:], 2 * (M - q_hat)[1:] ** 2)
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_one_pass_over_a_batch_scores_as_one_sequence_for_every_action():
     """The public code encodes prefix and action anew for every action; the score at the <end> of each must be the same."""
     model, trajectories = random_model(head="score"), [*played()[:6], *expert_trajectories()[:6]]
-    scores = lambda part: scores_at_actions(model, model(pad([t.ids for t in part])), [t.spans for t in part])
+    scores = lambda part: scores_at(model, model(pad([t.ids for t in part])), actions_of(part))
     batch, alone = scores(trajectories), torch.cat([scores([t]) for t in trajectories])
     separate = torch.stack([model.scores(model(torch.as_tensor(t.ids[:end], dtype=torch.long)[None]))[0, -1] for t in trajectories for _, end in t.spans])
     assert separate.std() > 0.1
@@ -77,7 +104,7 @@ def test_a_batch_has_the_gradient_of_its_parts():
         total = sum(float(w.sum()) for _, w in labels)
         for part in parts:
             q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in part])) for k in (0, 1))
-            f = scores_at_actions(model, model(pad([trajectories[i].ids for i in part])), [trajectories[i].spans for i in part])
+            f = scores_at(model, model(pad([trajectories[i].ids for i in part])), actions_of([trajectories[i] for i in part]))
             (bce_loss(f, q_hat, weight) * weight.sum() / total).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -119,7 +146,7 @@ def toy():
 def fit(tmp_path, seed=0, epochs=8, **options):
     trajectories, labels = toy()
     model = taught().with_score_head()
-    log = train_prm(model, tokenizer(), trajectories, labels, counts(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
+    log = train_prm(model, tokenizer(), trajectories, fit_labels(labels, actions_of(trajectories)), counts(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
     return model, log
 
 
@@ -143,6 +170,50 @@ def test_the_seed_names_the_training(tmp_path):
 
 
 @torch.no_grad()
+def test_pairs_are_scored_as_separate_sequences_are():
+    """What `prefer` reads behind a trajectory and its branches, against one sequence for every action of a pair."""
+    model, trajectories, rng = random_model(head="score"), played()[:6], np.random.default_rng(0)
+    pairs = [[(int(k), rng.integers(6, len(tokenizer()), rng.integers(1, 6))) for k in rng.choice(len(t), n)] for t, n in zip(trajectories, (2, 0, 1, 3, 0, 5))]
+    f = lambda ids: model.scores(model(torch.as_tensor(ids, dtype=torch.long)[None]))[0, -1]
+    expected = torch.stack([bt_loss(f(t.ids[:t.spans[k, 1]]), f(np.concatenate([t.ids[:t.spans[k, 0]], other])))
+                            for t, found in zip(trajectories, pairs) for k, other in found]).mean()
+    seen = []
+    objective = prefer(trajectories, pairs)
+    loss = objective.loss
+    objective.loss = lambda *a: seen.append(loss(*a)) or (torch.zeros((), requires_grad=True), {})
+    with torch.enable_grad():
+        train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=1, lr=1e-9, batch=6, seed=0, state="/nonexistent", renumber=False, obs_weight=0)
+    torch.testing.assert_close(seen[0][0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("bt", "td-gae"))
+def test_other_objectives_learn_too(tmp_path, kind):
+    """Won or lost by the first action: the PRM learns which is better, by preferences or by labels of its own."""
+    trajectories = []
+    for t in (t for t in expert_trajectories() if len(t) > 2):
+        look = np.array([*tokenizer().encode("look"), END], np.int32)
+        start, end = t.spans[0]
+        lost = copy.copy(t)
+        lost.ids, lost.spans = np.concatenate([t.ids[:start], look]), np.array([[start, start + len(look)]])
+        lost.won, lost.reward, lost.inadmissible = False, 0.0, t.inadmissible[:1]
+        trajectories += [t, lost]
+    table = q_table(trajectories, tokenizer(), 0.95)
+    if kind == "bt":
+        pairs, told = preference_pairs(trajectories, table, 0.03)
+        assert told["pairs"] > 20
+        objective = prefer(trajectories, pairs)
+    else:
+        objective = promise_and_progress(trajectories, lambda i, M: td_gae(M, 0.0, trajectories[i].reward, 0.95, 0.95), 1.0)
+    model = taught().with_score_head()
+    log = train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
+    f = score(model, trajectories)
+    assert np.mean([a[0] > b[0] for a, b, t in zip(f[0::2], f[1::2], trajectories[0::2]) if t.won]) > 0.9
+    if kind == "td-gae":
+        assert log[-1]["promise"] < 0.3 * log[0]["promise"]
+        assert abs(np.mean([1 / (1 + np.exp(-x[-1])) for x, t in zip(f, trajectories) if t.won]) - 1) < 0.25
+
+
+@torch.no_grad()
 def test_the_loss_on_answers_is_the_mean_over_what_the_world_said():
     model, trajectories = random_model(head="score"), played()[:5]
     ids = pad([t.ids for t in trajectories])
@@ -162,7 +233,7 @@ def test_every_pass_tells_other_numbers(tmp_path, monkeypatch):
     trajectories, labels = toy()
     for renumber in (True, False):
         seen.clear()
-        train_prm(taught().with_score_head(), tokenizer(), trajectories[:4], labels[:4], counts(), epochs=6, lr=1e-3, batch=4, seed=0,
+        train_prm(taught().with_score_head(), tokenizer(), trajectories[:4], fit_labels(labels[:4], actions_of(trajectories[:4])), counts(), epochs=6, lr=1e-3, batch=4, seed=0,
                   state=tmp_path / f"{renumber}", renumber=renumber)
         told = Counter(ids for batch in seen for ids in batch)
         assert len(seen) == 6 and (len(told) == 24 if renumber else len(told) == 4)

@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from qestimate import held_out_check, history_keys, labels_of, pearson, q_table, returns, visit_statistics
+from qestimate import held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa, td_gae, visit_statistics
 from rollout import Trajectory
 from tiny import expert_trajectories, played, tokenizer
 
@@ -98,6 +98,42 @@ def test_worked_discounts():
     assert (round(G[20], 2), round(G[0], 2), G[-1]) == (0.63, 0.23, 1.0) and len(G) == 30
     assert G[5] == pytest.approx(G[6] * GAMMA)  # one wasted action costs 5 %
     assert not returns(told("put a pen.", *[("look", "x")] * 30), GAMMA).any()
+
+
+@pytest.mark.parametrize("seed", (0, 1))
+@pytest.mark.parametrize("gap", (0.03, 0.4))
+def test_preference_pairs_against_the_definition(seed, gap):
+    trajectories, tok = random_trajectories(seed), tokenizer()
+    table, order = by_definition(trajectories, GAMMA)
+    actions = {}
+    for history, action in table:
+        actions.setdefault(history, []).append(action)
+    expected = {(h, a, b) for h, some in actions.items() for a in some for b in some if np.mean(table[h, a]) > np.mean(table[h, b]) + gap}
+    pairs, told = preference_pairs(trajectories, q_table(trajectories, tok, GAMMA), gap)
+    where = iter(order)
+    keys = [[next(where) for _ in t.spans] for t in trajectories]
+    ours = [(*keys[i][k], tok.decode(other).strip()) for i, found in enumerate(pairs) for k, other in found]
+    assert len(ours) == len(set(ours)) == told["pairs"] and set(ours) == expected and expected
+    assert told["states"] == len({h for h, _, _ in expected}) and told["states"] + told["dropped"] == len(actions)
+
+
+def test_bootstrapped_labels_by_hand():
+    """The worked example: M = 0.5, 0.6, 0.8, v_0 = 0.4, R = 1, γ = λ = 0.95."""
+    q_hat, advantage = td_gae(np.array([0.5, 0.6, 0.8]), 0.4, 1.0, 0.95, 0.95)
+    np.testing.assert_allclose(advantage, [0.4640, 0.4310, 0.4], atol=5e-5)
+    np.testing.assert_allclose(q_hat, [0.8640, 0.9310, 1.0], atol=5e-5)
+    for labels in (td_gae, sarsa):
+        for T in (1, 5):
+            M = np.random.default_rng(T).random(T)
+            for lam in (0.0, 0.7, 1.0):
+                q_hat, advantage = labels(M, 0.3, 1.0, 0.9, lam)
+                np.testing.assert_allclose(q_hat - advantage, [0.3, *M[:-1]])
+                assert q_hat[-1] == pytest.approx(1.0)
+                assert labels(M, 99.0, 1.0, 0.9, lam)[0][0] == pytest.approx(q_hat[0])  # the first state's value cancels in Q̂
+            np.testing.assert_allclose(q_hat, 0.9 ** np.arange(T - 1, -1, -1))  # λ = 1: Monte Carlo
+    M = np.random.default_rng(0).random(4)
+    np.testing.assert_allclose(sarsa(M, 0.0, 1.0, 0.9, 0.0)[0], [0.9 * M[1], 0.9 * M[2], 0.9 * M[3], 1.0])  # λ = 0: one step ahead
+    np.testing.assert_allclose(td_gae(M, 0.0, 1.0, 0.9, 0.0)[0], [0.9 * M[0], 0.9 * M[1], 0.9 * M[2], 1.0])  # here each leans on itself
 
 
 def test_visit_statistics():
