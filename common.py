@@ -117,13 +117,13 @@ def pick_device(name):
 
 
 def read_model(folder, device="cpu", head="lm"):
-    """A folder written by `save_model` -> (model, tokenizer); head "lm": a policy, "score": a PRM. UserError where there is none."""
+    """A folder written by `save_model` -> (model, tokenizer); head "lm": a policy, "score": a PRM of either kind. UserError where there is none."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).exists():
             raise UserError(f"{folder}: no model there ({name} is missing)")
     model = Transformer.load(folder, device).eval()
-    if model.config.head != head:
+    if (model.config.head == "lm") != (head == "lm"):
         raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
     return model, Tokenizer.load(folder)
 
@@ -226,7 +226,7 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, s
             bar.update()
             sums = _add_up([sums, metrics])
             if step % stretch == 0 or step == steps:
-                log.append({"step": step, **{k: total / n for k, (total, n) in _add_up(everyones(sums)).items()}})
+                log.append({"step": step, **{k: total / n for k, (total, n) in _add_up(everyones(sums)).items() if n}})
                 sums = {}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:5]})
             if save:

@@ -35,19 +35,29 @@ def imitation_loss(policy, h, ids, weights, total=None):
     return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
-def imitated(trajectory, q, gamma, obs_weight):
-    """How much each token of a rollout is imitated, (L,) float32: self-imitation (Oh et al. 2018, eq. 2) with the PRM as its critic.
+def better_than_expected(trajectory, q, gamma):
+    """How much better a won rollout went than could be expected, max(0, G_t − V(s_t)), (T,): self-imitation (Oh et al. 2018, eq. 2).
 
-    An admissible action of a won rollout weighs as much as its return exceeded what could be expected, max(0, G_t − V(s_t)), V(s_t)
-    being Q of the action before (of the first action itself); the world's answers `obs_weight` times the mean of its actions. A
-    lost rollout weighs nothing. q (T,): the PRM's Q of its actions.
+    V(s_t) is the PRM's Q of the action before (of the first action itself). Lost rollouts give nothing. q (T,): Q of its actions
+    """
+    return trajectory.won * np.maximum(0, returns(trajectory, gamma) - np.concatenate([q[:1], q[:-1]]))
+
+
+def progress(trajectory, q):
+    """What each action added to the PRM's promise, max(0, M_t − M_{t−1}), (T,), of any rollout, won or not (P2); the first nothing."""
+    return np.maximum(0, np.diff(q, prepend=q[:1]))
+
+
+def imitated(trajectory, gain, obs_weight):
+    """How much each token of a rollout is imitated, (L,) float32.
+
+    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions.
     """
     weights = np.zeros(len(trajectory.ids), np.float32)
-    if trajectory.won:
-        gain = np.maximum(0, returns(trajectory, gamma) - np.concatenate([q[:1], q[:-1]])) * ~trajectory.inadmissible
-        weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
-        for (start, end), weight in zip(trajectory.spans, gain):
-            weights[start:end] = weight
+    gain = gain * ~trajectory.inadmissible
+    weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
+    for (start, end), weight in zip(trajectory.spans, gain):
+        weights[start:end] = weight
     return weights
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from common import generator, key, optimise
+from prm import answers_loss, answers_of
 from ranks import mine, summed
 from tree import Tree, propose
 
@@ -37,13 +38,13 @@ def transitions(trajectory, taught=None, hide_ends=False):
     return actions, actions == T - 1
 
 
-def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, hide_ends=False,
-                      name="InversePRM"):
+def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
+                      hide_ends=False, name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
     Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
     together. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
-    learner did: `temperature` must be that of the rollouts. ValueError where a side has no transitions.
+    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. ValueError where a side has no transitions.
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
@@ -56,6 +57,7 @@ def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, 
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
         told = [tokenizer.renumber(t.ids, counts[t.game], rng) for t, _, _ in picked]
         moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
+        total_answers = sum(len(answers_of(t.spans)) for t, _, _ in picked)
         total = [sum(len(actions) for (actions, _), (_, _, is_expert) in zip(moves, picked) if is_expert == side) for side in (False, True)]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         if not told:
@@ -78,6 +80,10 @@ def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, 
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
         metrics = {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
                    "reward/expert": (z[expert].sum(), int(expert.sum())), "reward/learner": (z[~expert].sum(), int((~expert).sum()))}
+        if obs_weight:
+            answers = answers_loss(prm, h, tree.ids, [t.spans for t, _, _ in picked], total_answers)
+            metrics["answers"] = summed(answers.detach())
+            loss = loss + obs_weight * answers
         return loss, metrics
 
     return optimise(prm, loss_of, updates, lr, state, name)

@@ -34,7 +34,7 @@ class Config:
     max_len: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    head: str = "lm"  # "lm": logits, tied to the embedding; "score": one scalar a token
+    head: str = "lm"  # "lm": logits, tied to the embedding; "score": one scalar a token; "relative": one that compares tokens of one state only
 
 
 class Layer(nn.Module):
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.dim),
                                     "layers": nn.ModuleList(Layer(c) for _ in range(c.n_layers)),
                                     "norm": nn.RMSNorm(c.dim, eps=c.norm_eps)})
-        if c.head == "score":
+        if c.head != "lm":
             self.score = nn.Linear(c.dim, 1)
         half = c.dim // c.n_heads // 2
         angles = torch.outer(torch.arange(c.max_len), c.rope_theta ** (-torch.arange(half) / half))  # (T, head_dim / 2)
@@ -167,9 +167,9 @@ class Transformer(nn.Module):
         """(…, D) -> (…): the PRM's f, before any sigmoid."""
         return self.score(h).squeeze(-1)
 
-    def with_score_head(self):
+    def with_score_head(self, head="score"):
         """A PRM that starts from this model's weights; its new head starts at zero."""
-        prm = Transformer(Config(**{**asdict(self.config), "head": "score"})).to(self.cos.device)
+        prm = Transformer(Config(**{**asdict(self.config), "head": head})).to(self.cos.device)
         prm.model.load_state_dict(self.model.state_dict())
         nn.init.zeros_(prm.score.weight)
         return prm
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         c, folder = self.config, Path(folder)
         architecture = "Qwen3ForCausalLM" if c.head == "lm" else "Qwen3ForTokenClassification"
         (folder / "config.json").write_text(json.dumps({
-            "architectures": [architecture], "model_type": "qwen3", "torch_dtype": "float32", "vocab_size": c.vocab_size,
+            "architectures": [architecture], "head": c.head, "model_type": "qwen3", "torch_dtype": "float32", "vocab_size": c.vocab_size,
             "hidden_size": c.dim, "intermediate_size": c.hidden, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
             "num_key_value_heads": c.n_kv_heads, "head_dim": c.dim // c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "num_labels": 1,
             "max_position_embeddings": c.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
         rope_theta = d["rope_theta"] if "rope_theta" in d else d["rope_parameters"]["rope_theta"]  # transformers 4, 5
         model = cls(Config(d["vocab_size"], d["hidden_size"], d["num_hidden_layers"], d["num_attention_heads"], d["num_key_value_heads"],
                            d["intermediate_size"], d["max_position_embeddings"], rope_theta, d["rms_norm_eps"],
-                           "lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score"))
+                           d.get("head", "lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score")))
         weights = load_file(str(folder / "model.safetensors"))
         weights.pop("lm_head.weight", None)
         model.load_state_dict(weights)

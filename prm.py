@@ -198,12 +198,27 @@ def score(prm, trajectories, batch=64):
     return out
 
 
-def report(prm, trajectories, labels, table, bins=10):
+@torch.no_grad()
+def pair_accuracy(prm, trajectories, pairs):
+    """How often f is higher for the better action of a state: pairs as from `preference_pairs`. None where there are none."""
+    right = []
+    for t, found in zip(trajectories, pairs):
+        if found:
+            branches = [(0, int(t.spans[k, 0]), list(ids), False) for k, worse in found for ids in (t.ids[slice(*t.spans[k])], worse)]
+            better, worse = Tree([t.ids], branches, prm.cos.device).scores(prm).view(-1, 2).T
+            right += (better > worse).tolist()
+    return float(np.mean(right)) if right else None
+
+
+def report(prm, trajectories, labels, table, pairs, bins=10):
     """How good is Q on trajectories it has not seen? Loss above the labels' entropy, calibration, correlation with returns.
 
     Calibration is against discounted returns: `calibration` lists (mean Q, mean return, actions) by bins of Q; `ece` is the mean
-    gap between the two, weighted by actions.
+    gap between the two, weighted by actions. `pair_accuracy`: on `pairs` as from `preference_pairs`, all that a relative PRM is asked.
     """
+    right = {"pair_accuracy": pair_accuracy(prm, trajectories, pairs), "pairs": sum(map(len, pairs))}
+    if prm.config.head == "relative":
+        return right
     f = torch.from_numpy(np.concatenate(score(prm, trajectories)))
     q_hat, weight = (torch.from_numpy(np.concatenate([l[k] for l in labels])) for k in (0, 1))
     q, G = torch.sigmoid(f).numpy(), table["returns"]
@@ -212,4 +227,4 @@ def report(prm, trajectories, labels, table, bins=10):
     calibration = [(float(q[which == b].mean()), float(G[which == b].mean()), int((which == b).sum())) for b in range(bins) if (which == b).any()]
     return {"bce": bce, "label_entropy": entropy, "excess_bce": bce - entropy, "ece": sum(abs(a - b) * n for a, b, n in calibration) / len(q),
             "pearson_returns": pearson(q, G), "pearson_q_hat": pearson(q, q_hat), "mean_q": float(q.mean()), "mean_return": float(G.mean()),
-            "calibration": calibration, "actions": len(q)}
+            "calibration": calibration, "actions": len(q), **right}

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 import ranks
 from common import Parser, UserError, command_line, generator, key, read_model, save_model, set_up_torch
-from dpo import imitated, online_dpo
+from dpo import better_than_expected, imitated, online_dpo, progress
 from eval import evaluate_policy
 from expert import fit_prior
+from inverse_prm import train_inverse_prm
 from model import Config, Transformer
-from prm import actions_of, fit_labels, report, score, train_prm
-from qestimate import held_out_check, labels_of, q_table, visit_statistics
+from prm import actions_of, fit_labels, prefer, promise_and_progress, report, score, train_prm
+from qestimate import held_out_check, labels_of, preference_pairs, q_table, sarsa, td_gae, visit_statistics
 from rollout import load_trajectories, play_shards
 from runs import Run, estimate, final_table, load_games
-from sft import train_sft, train_tokenizer
+from sft import expert_trajectories, train_sft, train_tokenizer
 from tokenizer import Tokenizer
 
 
@@ -104,7 +105,7 @@ def episodes_of_each_game(args):
 
 
 def process_reward_model(args, run, games, i, trajectories):
-    """Stage 1b and 2: Monte Carlo labels, held out by task folder; Q_i starts from π_{i−1}."""
+    """Stage 1b and 2: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}."""
     with run.stage(f"iter{i}/prm") as stage:
         if stage.done:
             return
@@ -114,12 +115,38 @@ def process_reward_model(args, run, games, i, trajectories):
         held = {folders[f] for f in chosen}
         fit, test = ([t for t in trajectories if (t.game.split("/")[0] in held) == out] for out in (False, True))
         table, test_table = q_table(fit, tokenizer, args.gamma), q_table(test, tokenizer, args.gamma)
-        prm = policy.with_score_head()
-        log = train_prm(prm, tokenizer, fit, fit_labels(labels_of(fit, table), actions_of(fit)), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
-                        batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
+        prm = policy.with_score_head("relative" if args.prm_loss == "bt" else "score")
+        options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"prm {args.seed} {i}"), state=stage.state, name=f"PRM {i}")
+        if args.algo == "inverseprm":
+            rollouts = [t for j in range(1, i) for t in stored_rollouts(run, j)] + fit
+            log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
+                                    updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
+        else:
+            log = train_prm(prm, tokenizer, fit, objective(args, fit, table), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/prm", prm, tokenizer)
-        stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table), "visits": visit_statistics(table), "log": log})
+        stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
+                      "visits": visit_statistics(table), "preferences": preference_pairs(fit, table, args.delta)[1], "log": log})
+
+
+def objective(args, trajectories, table):
+    """What --prm-loss and --targets ask of Q."""
+    labels = labels_of(trajectories, table)
+    if args.prm_loss == "bt":
+        return prefer(trajectories, preference_pairs(trajectories, table, args.delta)[0])
+    if args.prm_loss == "promise-progress":
+        targets = {"mc": lambda i, M: (labels[i][0], np.diff(labels[i][0], prepend=0)),
+                   "td-gae": lambda i, M: td_gae(M, 0, trajectories[i].reward, args.gamma, args.gae_lambda),  # M_{−1} cancels in Q̂_0
+                   "sarsa": lambda i, M: sarsa(M, 0, trajectories[i].reward, args.gamma, args.gae_lambda)}
+        return promise_and_progress(trajectories, targets[args.targets], args.progress_weight)
+    return fit_labels(labels, actions_of(trajectories))
+
+
+def demonstrations(args, games, tokenizer, held=()):
+    """Those that π_0 was trained on, without those of the task folders `held`. -> [(Trajectory, taught (T,) bool)]"""
+    demos = expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
+                                max_steps=args.max_steps, context=args.context)
+    return [demo for demo in demos if demo[0].game.split("/")[0] not in held]
 
 
 def improve(args, run, games, i, trajectories):
@@ -131,8 +158,12 @@ def improve(args, run, games, i, trajectories):
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prm, _ = read_model(run.path / f"iter{i}/prm", run.device, "score")
         earlier = [t for j in range(1, i) for t in stored_rollouts(run, j)] if args.states_of == "all" else []
-        weigh = lambda some: [imitated(t, 1 / (1 + np.exp(-f)), args.gamma, args.obs_weight) for t, f in zip(some, score(prm, some))]
-        log = online_dpo(policy, reference, lambda tree: tree.scores(prm).sigmoid(), tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
+        q = lambda f: 1 / (1 + np.exp(-f))
+        gain = {("win", "score"): lambda t, f: better_than_expected(t, q(f), args.gamma), ("progress", "score"): lambda t, f: progress(t, q(f)),
+                ("win", "relative"): lambda t, f: better_than_expected(t, np.zeros(len(t)), args.gamma)}[args.imitate_by, prm.config.head]
+        weigh = lambda some: [imitated(t, gain(t, f), args.obs_weight) for t, f in zip(some, score(prm, some))]
+        judge = lambda tree: tree.scores(prm) if prm.config.head == "relative" else tree.scores(prm).sigmoid()
+        log = online_dpo(policy, reference, judge, tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
                          imitate=args.imitate, weigh=weigh, name=f"DPO {i}")
@@ -212,6 +243,15 @@ def parse_flags(argv=None):
     add(g, "--prm-epochs", 2.0, "passes over the labels")
     add(g, "--prm-batch", 16, "trajectories an update")
     add(g, "--prm-obs-weight", 1.0, "weight of a second loss, on the world's answers to the actions")
+    add(g, "--algo", "agentprm", "agentprm: Q from the rollouts' outcomes; inverseprm: from the demonstrations alone", choices=("agentprm", "inverseprm"))
+    add(g, "--prm-loss", "bce", "bce: Q near its label; bt: f higher for the better of two actions of a state; promise-progress: Q and its change near their labels",
+        choices=("bce", "bt", "promise-progress"))
+    add(g, "--targets", "mc", "labels of promise and progress: mc, Monte Carlo; td-gae and sarsa bootstrap on the PRM's own values", choices=("mc", "td-gae", "sarsa"))
+    add(g, "--delta", 0.03, "bt: how much better the better action must be")
+    add(g, "--gae-lambda", 0.95, "td-gae, sarsa: λ")
+    add(g, "--progress-weight", 1.0, "promise-progress: weight of progress")
+    add(g, "--inverse-updates", 500, "inverseprm: updates")
+    g.add_argument("--hide-ends", action="store_true", help="inverseprm: do not show that an episode ended by itself")
     add(g, "--held-out", 0.15, "share of task folders held out of the labels, to judge the PRM")
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
@@ -224,6 +264,8 @@ def parse_flags(argv=None):
     add(g, "--states-per-trajectory", 1, "states of each")
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
+    add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not "
+        "(default: win, for inverseprm progress)", choices=("win", "progress"))
     add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
     g = parser.add_argument_group("evaluation")
     add(g, "--eval-temperature", 0.3, "sampling temperature")
@@ -237,11 +279,23 @@ def parse_flags(argv=None):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
-                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9)):
+                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9),
+                            ("delta", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
     if args.rollouts <= episodes_of_each_game(args):
         raise UserError(f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels")
+    inverse, bt = args.algo == "inverseprm", args.prm_loss == "bt"
+    if inverse and args.prm_loss != "bce":
+        raise UserError(f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own")
+    if args.targets != "mc" and args.prm_loss != "promise-progress":
+        raise UserError(f"--targets {args.targets}: labels that bootstrap are for --prm-loss promise-progress")
+    if args.imitate_by is None:
+        args.imitate_by = "progress" if inverse else "win"
+    if inverse and args.imitate_by == "win":
+        raise UserError("--imitate-by win reads outcomes, which --algo inverseprm does without: progress")
+    if bt and args.imitate_by == "progress":
+        raise UserError("--imitate-by progress compares values of different states, which --prm-loss bt leaves open: win")
     if args.proposals < 2:
         raise UserError(f"--proposals {args.proposals}: it takes two to compare")
     if args.context < 256:

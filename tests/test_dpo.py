@@ -9,7 +9,7 @@ import torch
 
 import dpo
 from common import pad, save_model
-from dpo import dpo_loss, imitated, imitation_loss, online_dpo
+from dpo import better_than_expected, dpo_loss, imitated, imitation_loss, online_dpo, progress
 from sft import sft_loss
 from tiny import counts, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
@@ -171,7 +171,7 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
     rng, seen = np.random.default_rng(0), set()
     for t in (*played(), *expert_trajectories()[:10]):
         q = rng.random(len(t)).astype(np.float32)
-        weights = imitated(t, q, 0.9, 0.3)
+        weights = imitated(t, better_than_expected(t, q, 0.9), 0.3)
         seen.add((t.won, bool(t.inadmissible.any())))
         if not t.won:
             assert not weights.any()
@@ -183,8 +183,19 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
             if k + 1 < len(t):
                 expected[end:t.spans[k + 1, 0]] = 0.3 * np.mean(worth)
         np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
-        assert not imitated(t, np.ones(len(t), np.float32), 0.9, 0.3).any()  # nothing went better than that
+        assert not imitated(t, better_than_expected(t, np.ones(len(t)), 0.9), 0.3).any()  # nothing went better than that
     assert {won for won, _ in seen} == {True, False}
+
+
+def test_progress_is_what_an_action_added_and_reads_no_outcome():
+    for t in played():
+        q = np.random.default_rng(0).random(len(t))
+        expected = [max(0, q[k] - q[k - 1]) if k else 0 for k in range(len(t))]
+        np.testing.assert_allclose(progress(t, q), expected)
+        weights, other = imitated(t, progress(t, q), 0.3), copy.copy(t)
+        other.won, other.reward = not t.won, 1 - t.reward
+        assert (imitated(other, progress(other, q), 0.3) == weights).all()
+        assert [weights[start] for start, _ in t.spans] == [pytest.approx(e * (not bad)) for e, bad in zip(expected, t.inadmissible)]
 
 
 def test_the_imitation_loss_is_sfts_with_branches_or_without():
@@ -201,7 +212,7 @@ def test_the_imitation_loss_is_sfts_with_branches_or_without():
 
 def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
     same = lambda tree: torch.zeros(len(tree.end))
-    worth = lambda some: [imitated(t, np.zeros(len(t), np.float32), 0.95, 0.3) for t in some]
+    worth = lambda some: [imitated(t, better_than_expected(t, np.zeros(len(t)), 0.95), 0.3) for t in some]
     policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weigh=worth, lr=1e-2)
     assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]
     both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1, weigh=worth)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import prm as prm_module
 from common import pad
-from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, prefer, promise_and_progress,
+from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, pair_accuracy, prefer, promise_and_progress,
                  promise_progress_loss, report, score, scores_at, train_prm)
 from qestimate import labels_of, preference_pairs, q_table, td_gae
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
@@ -156,7 +156,7 @@ def test_training_drives_the_excess_loss_down_and_orders_the_actions(tmp_path):
     assert all(abs(entry["loss"] - entry["excess"]) < 1 for entry in log)
     trajectories, labels = toy()
     table = q_table(trajectories, tokenizer(), 0.95)
-    told = report(model, trajectories, labels, table)
+    told = report(model, trajectories, labels, table, [])
     assert told["pearson_returns"] > 0.6 and told["excess_bce"] < 0.15 and told["ece"] < 0.1
     # nearer the win, the higher
     wins = [f for f, t in zip(score(model, trajectories), trajectories) if t.won and len(t) > 4]
@@ -202,10 +202,13 @@ def test_other_objectives_learn_too(tmp_path, kind):
         pairs, told = preference_pairs(trajectories, table, 0.03)
         assert told["pairs"] > 20
         objective = prefer(trajectories, pairs)
+        assert pair_accuracy(taught().with_score_head(), trajectories, pairs) < 0.1 and pair_accuracy(taught().with_score_head(), trajectories, [[]]) is None
     else:
         objective = promise_and_progress(trajectories, lambda i, M: td_gae(M, 0.0, trajectories[i].reward, 0.95, 0.95), 1.0)
     model = taught().with_score_head()
     log = train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
+    if kind == "bt":
+        assert pair_accuracy(model, trajectories, pairs) > 0.9
     f = score(model, trajectories)
     assert np.mean([a[0] > b[0] for a, b, t in zip(f[0::2], f[1::2], trajectories[0::2]) if t.won]) > 0.9
     if kind == "td-gae":
@@ -245,7 +248,7 @@ def test_report_on_a_prm_that_knows_the_labels(monkeypatch):
     trajectories, labels = toy()
     table = q_table(trajectories, tokenizer(), 0.95)
     monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.from_numpy(q), eps=1e-7)) for q, _ in labels])
-    told = report(None, trajectories, labels, table, bins=50)
+    told = report(taught().with_score_head(), trajectories, labels, table, [], bins=50)
     assert told["excess_bce"] == pytest.approx(0, abs=1e-5) and told["pearson_q_hat"] == pytest.approx(1)
     assert told["ece"] < 0.02 and told["mean_q"] == pytest.approx(told["mean_return"], abs=1e-5)
     assert told["actions"] == sum(n for *_, n in told["calibration"]) == sum(map(len, trajectories))
@@ -257,7 +260,7 @@ def test_report_on_a_prm_that_always_says_the_same():
     table = q_table(trajectories, tokenizer(), 0.95)
     model = taught().with_score_head()
     model.score.bias.data.fill_(float(torch.logit(torch.tensor(0.7))))
-    told, G = report(model, trajectories, labels, table), table["returns"]
+    told, G = report(model, trajectories, labels, table, []), table["returns"]
     assert told["calibration"] == [(pytest.approx(0.7), pytest.approx(G.mean()), len(G))]
     assert told["ece"] == pytest.approx(abs(0.7 - G.mean()), abs=1e-5) and told["mean_q"] == pytest.approx(0.7)
     assert told["pearson_returns"] is None
@@ -273,6 +276,6 @@ def test_report_by_bins(monkeypatch):
     table = {"returns": np.array([0.0, 1.0, 1.0, 1.0])}
     labels = [(np.array([0.2, 0.2, 0.7, 0.7], np.float32), np.ones(4, np.float32))]
     monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.tensor([0.1, 0.1, 0.9, 0.9])))])
-    told = report(None, [t], labels, table)
+    told = report(taught().with_score_head(), [t], labels, table, [])
     assert told["calibration"] == [(pytest.approx(0.1), 0.5, 2), (pytest.approx(0.9), 1.0, 2)]
     assert told["ece"] == pytest.approx((0.4 * 2 + 0.1 * 2) / 4)

@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,11 +112,11 @@ class Captured(Exception):
 
 
 def capture(monkeypatch, folder, stage, function):
-    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position"""
+    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position, then those by name"""
     (folder / f"{stage}.json").unlink()
 
-    def stop(*positions, **_):
-        raise Captured(positions)
+    def stop(*positions, **names):
+        raise Captured((*positions, names))
 
     monkeypatch.setattr(f"train.{function}", stop)
     monkeypatch.setattr("sys.argv", ["train.py", *read(folder / "config.json")["words"]])
@@ -156,7 +158,7 @@ def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
 
 def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
-    prm, _, fit, objective, _ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
+    prm, _, fit, objective, *_ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
     assert same(prm.model, read_model(folder / "iter1/policy")[0].model)
     everything = [t for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
     of = lambda trajectories: {t.game.split("/")[0] for t in trajectories}
@@ -166,6 +168,43 @@ def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders
     best = [torch.logit(torch.from_numpy(q_hat), eps=1e-7) for q_hat, _ in labels]
     assert objective.weights == [pytest.approx(float(weight.sum())) for _, weight in labels]
     assert objective.loss(best, range(len(fit)), sum(objective.weights))[1]["excess"][0] == pytest.approx(0, abs=1e-5)  # as good as these labels allow
+
+
+@pytest.mark.parametrize("flags, held_out", (
+    (("--algo", "inverseprm", "--inverse-updates", "3"), {"pearson_returns", "pair_accuracy"}),
+    (("--algo", "inverseprm", "--inverse-updates", "3", "--hide-ends"), {"pearson_returns", "pair_accuracy"}),
+    (("--prm-loss", "bt"), {"pair_accuracy"}),
+    (("--prm-loss", "promise-progress", "--targets", "td-gae"), {"pearson_returns", "pair_accuracy"}),
+    (("--prm-loss", "promise-progress", "--imitate-by", "progress"), {"pearson_returns", "pair_accuracy"}),
+), ids=" ".join)
+def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys, flags, held_out):
+    """From stage 2 of the first iteration on, on the rollouts of a finished run."""
+    folder = copy_of(run, tmp_path, "--iters", "1", *flags)
+    shutil.rmtree(folder / "iter2")
+    for stage in ("prm", "dpo", "eval-dev", "eval-valid_seen"):
+        (folder / f"iter1/{stage}.json").unlink()
+    before = read_model(folder / "iter1/prm", head="score")[0].state_dict()
+    done = in_process(train_main, read(folder / "config.json")["words"], monkeypatch, capsys)
+    assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
+    told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
+    assert held_out <= told["held_out"].keys() and ("bce" in told["held_out"]) == ("bt" not in flags)
+    assert after.config.head == ("relative" if "bt" in flags else "score")
+    assert any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
+
+
+def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
+    """Not in stage 2 beyond what its own tests poison, not in what stage 3 imitates."""
+    folder = copy_of(run, tmp_path, "--algo", "inverseprm")
+    *_, trajectories, _, options = capture(monkeypatch, folder, "iter1/dpo", "online_dpo")
+    trajectories = [replace(t, inadmissible=np.zeros(len(t), bool)) for t in trajectories]  # a policy this small knows hardly any other
+    poisoned = [replace(t, won=not t.won, reward=7.0) for t in trajectories]
+    weights, others = (options["weigh"](some) for some in (trajectories, poisoned))
+    assert all((a == b).all() for a, b in zip(weights, others)) and any(w.any() for w in weights)
+    folder = copy_of(run, tmp_path / "again", "--algo", "inverseprm")
+    prm, policy, _, demonstrations, rollouts, *_ = capture(monkeypatch, folder, "iter2/prm", "train_inverse_prm")
+    assert same(policy, read_model(folder / "iter1/policy")[0]) and same(prm.model, policy.model)
+    played = [t for i in (1, 2) for file in sorted((folder / f"iter{i}/rollouts").iterdir()) for t in load_trajectories(file)]
+    assert 24 < len(rollouts) < len(played) == 48 and 0 < len(demonstrations) < 64  # all learners so far, without the folders held out
 
 
 # --- interruptions -----------------------------------------------------------------------------------------------------------------
@@ -239,6 +278,10 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--dev-games", "0"), ("--dev-games",)),
     (("--device", "tpu9"), ("tpu9",)),
     (("--games", "alfworld", "--data", "/nowhere"), ("/nowhere",)),
+    (("--targets", "td-gae"), ("--targets td-gae", "promise-progress")),
+    (("--algo", "inverseprm", "--prm-loss", "bt"), ("--prm-loss bt",)),
+    (("--algo", "inverseprm", "--imitate-by", "win"), ("--imitate-by win", "progress")),
+    (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
     (("--init", "/nowhere"), ("/nowhere", "no model there")),
     (("--out", str(ROOT / "train.py")), ("train.py",)),
 ))
