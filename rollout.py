@@ -7,19 +7,13 @@ prompt, which is encoded once. Every random number is named by (seed, game, epis
 not depend on its neighbours in the batch.
 """
 
-import json
-import os
-import signal
 from collections import deque
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from common import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
+from common import key, uniform
 from env import NOTHING_HAPPENS, AlfworldEnv
 from model import Cache
 from tokenizer import END, SPECIAL, split_intro
@@ -55,6 +49,7 @@ class Row:
     key: int  # a number for the game, to name random numbers by
     ids: list  # all tokens so far; the cache holds a beginning of them
     info: dict
+    prompt: tuple  # a name for what it began with
     start: int = 0  # where in ids the action being written begins
     action_logp: float = 0.0
     spans: list = field(default_factory=list)
@@ -71,7 +66,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
             make_env=AlfworldEnv):
     """Yield a Trajectory for each (game, episode number), in the order in which they end.
 
-    temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
+    An episode (game, number, ids) begins in the midst of a transcript, `ids` up to an <act>: the actions in it are played first, and
+    neither count nor belong to the Trajectory's own (its `spans`). temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
     `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
     `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
 
@@ -80,11 +76,11 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
     """
     waiting = deque(episodes)
     slots = min(slots or slots_for(policy), len(waiting))
-    left = {}  # game id -> episodes still to start, so that its prompt can be forgotten in time
-    for game, _ in waiting:
-        left[game.id] = left.get(game.id, 0) + 1
+    left = {}  # name of a prompt -> episodes still to start, so that it can be forgotten in time
+    for episode in waiting:
+        left[prompt_of(*episode)] = left.get(prompt_of(*episode), 0) + 1
     cache = Cache(policy.config, slots, 0, policy.cos.device)
-    prompts = {}  # game id -> cached keys and values of its prompt without the last token
+    prompts = {}  # name of a prompt -> cached keys and values of its prompt without the last token
     rows, envs = [None] * slots, [make_env(max_steps) for _ in range(slots)]
     lengths = np.zeros(slots, dtype=np.int64)  # tokens in the cache
 
@@ -104,18 +100,22 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
-                game, episode = waiting.popleft()
+                game, episode, *begun = waiting.popleft()
                 intro, info = envs[i].reset(game)
-                rows[i] = Row(envs[i], game, episode, key(game.id), list(tokenizer.prompt(*split_intro(intro))), info)
+                for action in tokenizer.actions(*begun) if begun else ():
+                    info = envs[i].step(action)[-1]
+                envs[i].steps = 0
+                ids = begun[0].tolist() if begun else tokenizer.prompt(*split_intro(intro))
+                rows[i] = Row(envs[i], game, episode, key(game.id), list(ids), info, prompt_of(game, episode, *begun))
                 if rows[i].start + MAX_ACTION > policy.config.max_len:
                     raise ValueError(f"{game.id}: the first observation ({rows[i].start} tokens) does not fit a context of {policy.config.max_len}")
                 started.append(i)
-        encode_prompts(policy, cache, [(i, rows[i].game.id, rows[i].ids[:-1]) for i in started], prompts)
+        encode_prompts(policy, cache, [(i, rows[i].prompt, rows[i].ids[:-1]) for i in started], prompts)
         for i in started:
             lengths[i] = len(rows[i].ids) - 1
-            left[rows[i].game.id] -= 1
-            if not left[rows[i].game.id]:
-                del prompts[rows[i].game.id]
+            left[rows[i].prompt] -= 1
+            if not left[rows[i].prompt]:
+                del prompts[rows[i].prompt]
         live = np.array([i for i in range(len(rows)) if rows[i]])
         if 2 * len(live) <= len(rows) or turn % 32 == 0:  # close gaps, and let rows of like length stand together (Transformer.extend)
             live = live[np.argsort(lengths[live], kind="stable")]
@@ -145,6 +145,11 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
             else:
                 row.ids += answer
                 row.start, row.action_logp = len(row.ids), 0.0
+
+
+def prompt_of(game, episode, begun=None):
+    """What to know an episode's prompt by: rollouts that begin at the start of a game share it."""
+    return (game.id,) if begun is None else (game.id, episode)
 
 
 def slots_for(policy):
@@ -255,92 +260,3 @@ def constrain(logp, allowed):
     for row, ids in zip(mask, allowed):
         row[list(ids)] = 0.0
     return torch.log_softmax(logp + mask, dim=-1)
-
-
-# --- shards ------------------------------------------------------------------------------------------------------------
-
-def play_shards(shards, folder, device, workers, **options):
-    """Play each shard [(file, episodes)] that is not on disk yet with the policy in `folder`, in `workers` processes of one thread each.
-
-    Yields, many times, how many episodes have ended and been won so far. A shard is the same whoever plays it, and whenever:
-    one thread, its own batch, randomness by name. UserError if a process dies.
-    """
-    missing = [shard for shard in shards if not shard[0].exists()]
-    ended = [sum(len(episodes) for file, episodes in shards if file.exists()), 0]
-    ended[1] = sum(t.won for file, _ in shards if file.exists() for t in load_trajectories(file))
-    yield ended
-    workers = min(workers, len(missing))
-    if workers > 1:
-        context = get_context("spawn")
-        counters = [context.Array("q", 2, lock=False) for _ in range(workers)]
-        processes = [context.Process(target=play_in_process, args=(os.getpid(), missing[w::workers], folder, device, counters[w], options), daemon=True)
-                     for w in range(workers)]
-        try:
-            for process in processes:
-                process.start()
-            while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-                processes[0].join(0.2)
-                yield [ended[k] + sum(counter[k] for counter in counters) for k in (0, 1)]
-            if any(process.exitcode for process in processes):
-                raise UserError("a process that played rollouts has died; the same command continues from the last whole shard")
-            yield [ended[k] + sum(counter[k] for counter in counters) for k in (0, 1)]
-        finally:
-            for process in processes:
-                process.kill()
-    elif missing:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for won in play(missing, folder, device, options):
-                ended = [ended[0] + 1, ended[1] + won]
-                yield ended
-        finally:
-            torch.set_num_threads(threads)
-
-
-def play(shards, folder, device, options):
-    """Play and write the shards, one after the other. -> whether won, for each episode as it ends"""
-    policy, tokenizer = read_model(folder, device)
-    for file, episodes in shards:
-        trajectories = []
-        for trajectory in rollout(policy, tokenizer, episodes, **options):
-            trajectories.append(trajectory)
-            yield trajectory.won
-        save_trajectories(file, sorted(trajectories, key=lambda t: (t.game, t.episode)))
-
-
-def play_in_process(parent, shards, folder, device, counter, options):
-    """`play` in a process of its own, which ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    end_with(parent)
-    set_up_torch(1)
-    for won in play(shards, folder, device, options):
-        counter[0] += 1
-        counter[1] += won
-
-
-PER_ACTION = ("spans", "logp", "forced", "inadmissible")
-PER_EPISODE = ("reward", "won", "truncated", "seed", "episode")
-
-
-def save_trajectories(path, trajectories):
-    """One shard: flat arrays with the lengths to cut them by, written whole."""
-    arrays = {k: np.concatenate([getattr(t, k) for t in trajectories]) for k in ("ids", *PER_ACTION)}
-    arrays.update({k: np.array([getattr(t, k) for t in trajectories]) for k in PER_EPISODE})
-    arrays["tokens"] = np.array([len(t.ids) for t in trajectories])
-    arrays["actions"] = np.array([len(t) for t in trajectories])
-    write_file(path, lambda p: save_file(arrays, str(p), metadata={"games": json.dumps([t.game for t in trajectories])}))
-
-
-def load_trajectories(path):
-    """A shard -> list of Trajectory."""
-    with safe_open(str(path), "np") as f:
-        a = {k: f.get_tensor(k) for k in f.keys()}
-        games = json.loads(f.metadata()["games"])
-    token_ends, action_ends = a["tokens"].cumsum(), a["actions"].cumsum()
-    out = []
-    for i, game in enumerate(games):
-        tokens = slice(token_ends[i] - a["tokens"][i], token_ends[i])
-        actions = slice(action_ends[i] - a["actions"][i], action_ends[i])
-        out.append(Trajectory(game, a["ids"][tokens], *(a[k][actions] for k in PER_ACTION), *(a[k][i].item() for k in PER_EPISODE)))
-    return out

@@ -58,6 +58,12 @@ class Tokenizer:
         """The tokens of an action, its <end> included."""
         return (*self.encode(command), END)
 
+    def actions(self, ids):
+        """The texts of all whole actions in a transcript."""
+        ids = np.asarray(ids)
+        starts, ends = np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0]
+        return [self.decode(ids[start:end]) for start, end in zip(starts, ends)]
+
     def instances(self, base):
         """Ids of "base 1", "base 2", … as far as the vocabulary goes."""
         if base not in self._instances:

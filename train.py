@@ -23,9 +23,9 @@ from inverse_prm import train_inverse_prm
 from model import Config, Transformer
 from prm import actions_of, fit_labels, prefer, promise_and_progress, report, score, train_prm
 from qestimate import held_out_check, labels_of, preference_pairs, q_table, sarsa, td_gae, visit_statistics
-from rollout import load_trajectories, play_shards
 from runs import Run, estimate, final_table, load_games
 from sft import expert_trajectories, train_sft, train_tokenizer
+from shards import load_trajectories, play_shards
 from tokenizer import Tokenizer
 
 
@@ -69,6 +69,9 @@ def supervised(args, run, games):
         stage.finish({"parameters": policy.n_parameters(), "log": log})
 
 
+FROM_DEMONSTRATION = 10 ** 6  # episodes with numbers from here on began at a state of a demonstration
+
+
 def roll_out(args, run, games, i):
     """Stage 1a: --rollouts episodes of π_{i−1}, shard by shard. -> all trajectories"""
     with run.stage(f"iter{i}/rollouts") as stage:
@@ -76,6 +79,8 @@ def roll_out(args, run, games, i):
         each = episodes_of_each_game(args)
         todo = [(games.train[order[g % len(order)]], g // len(order) * each + k)
                 for g in range(-(-args.rollouts // each)) for k in range(each)][:args.rollouts]
+        if args.reset_frac:
+            todo = from_demonstrations(args, run, games, i, todo)
         shards = [(run.path / f"iter{i}/rollouts/{n:05d}.safetensors", todo[start:start + args.shard])
                   for n, start in enumerate(range(0, len(todo), args.shard))]
         if not ranks.first_says(all(file.exists() for file, _ in shards)):
@@ -88,10 +93,24 @@ def roll_out(args, run, games, i):
         trajectories = stored_rollouts(run, i)
         if not stage.done:
             actions = sum(map(len, trajectories))
-            stage.finish({"episodes": len(trajectories), "success": sum(t.won for t in trajectories) / len(trajectories),
+            plain = [t.won for t in trajectories if t.episode < FROM_DEMONSTRATION]
+            stage.finish({"episodes": len(trajectories), "success": sum(plain) / len(plain) if plain else None, "begun_in_demonstrations": len(trajectories) - len(plain),
                           "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
                           "q_hat_check": held_out_check(trajectories, Tokenizer.load(run.path / f"iter{i - 1}/policy"), args.gamma)})
         return trajectories
+
+
+def from_demonstrations(args, run, games, i, todo):
+    """Reset distribution (P1): let a share of the episodes begin at a random state of a random demonstration."""
+    demos = [demo for demo, _ in demonstrations(args, games, Tokenizer.load(run.path / f"iter{i - 1}/policy"))]
+    by_id, out = {game.id: game for game in games.train}, []
+    for n, episode in enumerate(todo):
+        rng = generator(args.seed, "reset", i, n)
+        if rng.random() < args.reset_frac:
+            demo = demos[rng.integers(len(demos))]
+            episode = by_id[demo.game], FROM_DEMONSTRATION + n, demo.ids[:demo.spans[rng.integers(len(demo)), 0]]
+        out.append(episode)
+    return out
 
 
 def stored_rollouts(run, i):
@@ -235,6 +254,7 @@ def parse_flags(argv=None):
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
     add(g, "--rollout-temperature", 1.0, "sampling temperature of rollouts")
+    add(g, "--reset-frac", 0.0, "share of the rollouts that begin at a random state of a demonstration (Reset-50-50: 0.5)", metavar="P")
     add(g, "--slots", None, "episodes in flight at once in a process (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
     add(g, "--shard", 1000, "episodes a shard, the unit of resuming")
     add(g, "--gamma", 0.95, "discount")
@@ -280,7 +300,7 @@ def parse_flags(argv=None):
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9),
-                            ("delta", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
+                            ("delta", 0, 1), ("reset_frac", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
     if args.rollouts <= episodes_of_each_game(args):

@@ -1,6 +1,5 @@
 """Rollouts: an episode does not depend on its neighbours, is sampled exactly, and is told as it happened."""
 
-import multiprocessing
 import random
 from collections import Counter
 
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, key, save_model, uniform
+from common import key, uniform
 from env import NOTHING_HAPPENS, AlfworldEnv
 from expert import Expert, demonstrate
-from rollout import MAX_ACTION, load_trajectories, play_shards, rollout, save_trajectories
-from tiny import assert_same, games, play, played, prior, random_model, taught, tokenizer
+from rollout import MAX_ACTION, rollout
+from tiny import assert_same, expert_trajectories, games, play, prior, random_model, taught, tokenizer
 from tokenizer import END, SPECIAL, split_intro
 
 MASKED = [i for i in range(len(SPECIAL)) if i != END]  # what the policy may not say
@@ -174,6 +173,34 @@ def test_a_context_too_small_for_the_first_observation_is_told():
         play(random_model(context=60), some())
 
 
+# --- from the midst of a transcript -----------------------------------------------------------------------------------------------
+
+def test_an_episode_goes_on_from_a_demonstration():
+    """Told and scored as if the policy had said the beginning itself, which is not counted as its own and does not count for the cap."""
+    by_id = {game.id: game for game in games()}
+    begun = [(by_id[t.game], 100 + k, t.ids[:t.spans[k, 0]]) for t in expert_trajectories()[:8] for k in (0, 3, 5) if k < len(t)]
+    plain = [(by_id[t.game], 0) for t in expert_trajectories()[:8]]
+    for slots in (3, 64):
+        done = {(t.game, t.episode): t for t in rollout(taught(), tokenizer(), [*begun, *plain], temperature=0.7, max_steps=4, seed=2, slots=slots)}
+        for game, number, ids in begun:
+            t = done[game.id, number]
+            assert (t.ids[:len(ids)] == ids).all() and t.spans[0, 0] == len(ids) and len(t) <= 4 and t.truncated == (not t.won)
+            env = AlfworldEnv(100)
+            intro, _ = env.reset(game)
+            told = list(tokenizer().prompt(*split_intro(intro)))
+            for action in tokenizer().actions(t.ids):
+                observation, reward, won, *_ = env.step(action)
+                told += [*tokenizer().action(action), *tokenizer().turn(observation)]
+            assert tokenizer().decode(told).startswith(tokenizer().decode(t.ids)) and (won, reward) == (t.won, t.reward)
+            for (start, end), logp, forced in zip(t.spans, t.logp, t.forced):
+                expected = next_logprobs(taught(), t.ids, 0.7)[range(start - 1, end - 1 - forced), t.ids[start:end - forced].tolist()].sum()
+                assert logp == pytest.approx(float(expected), abs=1e-3)
+        assert len(done) == len(begun) + len({g.id for g, _ in plain})
+    alone = play(taught(), plain[:1], temperature=0.7, max_steps=4, seed=2)[0]
+    prompt = alone.ids[:alone.spans[0, 0]]
+    assert_same(play(taught(), [(plain[0][0], 0, prompt)], temperature=0.7, max_steps=4, seed=2)[0], alone)  # begun at the beginning
+
+
 # --- only admissible commands ----------------------------------------------------------------------------------------------------
 
 def test_admissible_plays_only_what_the_world_accepts():
@@ -220,71 +247,3 @@ def test_a_fault_in_the_world_is_not_swallowed():
 
     with pytest.raises(RuntimeError, match="the world is broken"):
         list(rollout(taught(), tokenizer(), some(), make_env=Broken))
-
-
-# --- shards ------------------------------------------------------------------------------------------------------------------------
-
-def test_a_shard_is_read_as_it_was_written(tmp_path):
-    file = tmp_path / "deep/00000.safetensors"
-    for trajectories in (played(), played()[:1]):
-        save_trajectories(file, trajectories)
-        read = load_trajectories(file)
-        assert len(read) == len(trajectories)
-        for a, b in zip(trajectories, read):
-            assert_same(a, b)
-            assert (a.logp == b.logp).all() and a.ids.dtype == b.ids.dtype and a.spans.dtype == b.spans.dtype
-            assert type(b.won) is bool and type(b.reward) is float and type(b.seed) is int and len(a) == len(b)
-    assert [f.name for f in file.parent.iterdir()] == ["00000.safetensors"]
-
-
-# --- shards ------------------------------------------------------------------------------------------------------------------
-
-def shards(folder, n=3):
-    return [(folder / f"{k}.safetensors", [(game, k) for game in games()[:5]]) for k in range(n)]
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The folder of a policy."""
-    folder = tmp_path_factory.mktemp("policy")
-    save_model(folder, taught(), tokenizer())
-    return folder
-
-
-OPTIONS = dict(temperature=0.7, seed=1, max_steps=6, slots=4)
-
-
-def test_a_shard_is_the_same_whoever_plays_it(saved, tmp_path):
-    """One process or two, with one thread or two, some shards there already."""
-    for name, workers in (("one", 1), ("two", 2)):
-        (tmp_path / name).mkdir()
-        *_, (ended, won) = play_shards(shards(tmp_path / name), saved, "cpu", workers, **OPTIONS)
-        assert ended == 15
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    before = contents(tmp_path / "one")
-    assert list(play_shards(shards(tmp_path / "one"), saved, "cpu", 2, **OPTIONS)) == [[15, won]]  # nothing to do
-    (tmp_path / "one/1.safetensors").unlink()
-    torch.set_num_threads(2)
-    try:
-        first, *_, last = play_shards(shards(tmp_path / "one"), saved, "cpu", 1, **OPTIONS)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert first[0] == 10 and last == [15, won] and contents(tmp_path / "one") == before
-
-
-def test_a_process_that_dies_ends_the_job(saved, tmp_path, monkeypatch):
-    playing = play_shards(shards(tmp_path, 6), saved, "cpu", 2, **OPTIONS)
-    next(playing), next(playing)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    workers[0].kill()
-    with pytest.raises(UserError, match="continues"):
-        list(playing)
-    for worker in workers:
-        worker.join(10)
-        assert not worker.is_alive()

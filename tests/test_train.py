@@ -14,8 +14,9 @@ import torch
 from common import UserError, read_model, save_model
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
-from rollout import load_trajectories
+from shards import load_trajectories
 from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
+from tokenizer import ACT, split_intro
 from train import main as train_main
 from train import episodes_of_each_game, parse_flags
 from tree import Tree
@@ -147,6 +148,18 @@ def test_dpo_visits_the_states_of_all_rollouts_so_far_or_of_the_last(run, whose,
     assert len(trajectories) == expected
     last = [t.ids.tolist() for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
     assert [t.ids.tolist() for t in trajectories[-24:]] == last
+
+
+def test_half_of_the_rollouts_begin_in_demonstrations(run, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path, "--reset-frac", "0.5")
+    shutil.rmtree(folder / "iter2/rollouts")
+    shards, *_ = capture(monkeypatch, folder, "iter2/rollouts", "play_shards")
+    episodes = [episode for _, some in shards for episode in some]
+    begun = [(game, ids) for game, number, *rest in episodes for ids in rest]
+    assert 0 < len(begun) < len(episodes) == 24
+    words = read_model(folder / "iter1/policy")[1]
+    for game, ids in begun:
+        assert ids[-1] == ACT and split_intro(game.intro)[0] in words.decode(ids) and len(words.actions(ids)) == (ids == ACT).sum() - 1
 
 
 def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
