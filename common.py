@@ -195,13 +195,13 @@ def optimisers(model, lr, weight_decay=0.01):
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True))
 
 
-def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, save_every=10.0, logs=20):
+def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, save_every=10.0, logs=20, watch=None):
     """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: (sum, count)}). -> log
 
     Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. `loss_of` must depend on
     nothing but the step and the weights: then a run killed and continued from the file `state` (written every `save_every`
     seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With
-    several ranks `loss_of` gives this rank's part of the loss.
+    several ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
     """
     optimizers = optimisers(model, lr)
     step, log, sums = _load_state(state, model, optimizers)
@@ -226,7 +226,7 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, s
             bar.update()
             sums = _add_up([sums, metrics])
             if step % stretch == 0 or step == steps:
-                log.append({"step": step, **{k: total / n for k, (total, n) in _add_up(everyones(sums)).items() if n}})
+                log.append({"step": step, **{k: total / n for k, (total, n) in _add_up(everyones(sums)).items() if n}, **(watch() if watch else {})})
                 sums = {}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:5]})
             if save:

@@ -92,10 +92,12 @@ class Expert:
     """Call `reset`, then `act` with each observation; `observe` tells it of actions that it did not choose.
 
     `order_noise` is the standard deviation, in log units, of a disturbance of its ranking of receptacle types, drawn anew each
-    episode: 0.5 swaps neighbours now and then. An empty prior makes a searcher that goes through the room as listed.
+    episode: 0.5 swaps neighbours now and then. `first`: a receptacle type to look at before all others. An empty prior makes a
+    searcher that goes through the room as listed.
     """
 
-    def __init__(self, prior, rng=None, order_noise=0.0):
+    def __init__(self, prior, rng=None, order_noise=0.0, first=None):
+        self.first = first
         self.prior = prior
         self.rng = rng or np.random.default_rng(0)
         self.order_noise = order_noise
@@ -236,6 +238,8 @@ class Expert:
                     score[kind] *= exp(self.rng.normal(0, self.order_noise))
             if word == self.task.object:  # games begin with nothing done: no wanted object where it is to be treated, or to be put
                 score[TOOLS.get(self.task.kind, self.task.place)] = -1
+            if self.first in score:
+                score[self.first] = float("inf")
             self.orders[word] = sorted(self.rooms, key=lambda r: -score[base(r)])
         return self.orders[word]
 

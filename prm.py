@@ -49,6 +49,11 @@ def actions_of(trajectories):
     return [t.spans[:, 1] - 1 for t in trajectories]
 
 
+def states_of(trajectories):
+    """The places where V(s_t) is read: the <act> behind each observation. -> list of (T,) arrays"""
+    return [t.spans[:, 0] - 1 for t in trajectories]
+
+
 def scores_at(prm, h, places):
     """f behind the tokens at `places`, a list of B arrays (n,), of hidden states h (B, S, D). -> (sum of n,), row after row."""
     row = np.repeat(np.arange(len(places)), [len(p) for p in places])
@@ -184,15 +189,20 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     return optimise(prm, loss_of, steps, lr, state, name)
 
 
+def sigmoid(f):
+    """Q of scores f, a numpy array."""
+    return 1 / (1 + np.exp(-f))
+
+
 @torch.no_grad()
-def score(prm, trajectories, batch=64):
-    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories."""
+def score(prm, trajectories, batch=64, places=actions_of):
+    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t)."""
     order = np.argsort([len(t.ids) for t in trajectories], kind="stable")
     out = [None] * len(trajectories)
     for start in range(0, len(order), batch):
         picked = order[start:start + batch]
         h = prm(pad([trajectories[i].ids for i in picked]).to(prm.cos.device))
-        f = scores_at(prm, h, actions_of([trajectories[i] for i in picked])).cpu().numpy()
+        f = scores_at(prm, h, places([trajectories[i] for i in picked])).cpu().numpy()
         for i, part in zip(picked, np.split(f, np.cumsum([len(trajectories[i]) for i in picked])[:-1])):
             out[i] = part
     return out

@@ -8,6 +8,8 @@ import hashlib
 
 import numpy as np
 
+from env import AlfworldEnv
+
 
 def returns(trajectory, gamma):
     """Discounted return-to-go of each action: G_t = gamma^(T-1-t) R, (T,) float64 (P1, eq. 1 for one rollout)."""
@@ -29,17 +31,35 @@ def history_keys(trajectory, tokenizer):
     return np.array(states, np.uint64), np.array(pairs, np.uint64)
 
 
-def q_table(trajectories, tokenizer, gamma):
-    """Q̂ of every action taken: the mean return of all rollouts through the same (s, a) (P1, eq. 1).
+def world_keys(trajectory, tokenizer, game):
+    """The same with the state of the world in the place of the history: where histories meet again, they share their returns.
+
+    Ours, for comparison; only an exact world allows it. What was seen on the way differs, though the world does not.
+    """
+    env = AlfworldEnv()
+    env.reset(game)
+    name = lambda *parts: int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    states, pairs = [], []
+    for action in tokenizer.actions(trajectory.ids):
+        _, _, *state, taken = env.snapshot()  # without the game and the number of steps
+        states.append(name(game.id, state, sorted(taken.items())))
+        pairs.append(name(states[-1], action.strip()))
+        env.step(action)
+    own = slice(-len(trajectory), None)  # what came before was a demonstration's
+    return np.array(states[own], np.uint64), np.array(pairs[own], np.uint64)
+
+
+def q_table(trajectories, tokenizer, gamma, keys=history_keys):
+    """Q̂ of every action taken: the mean return of all rollouts through the same (s, a) (P1, eq. 1), as `keys` tells them apart.
 
     -> one dict of flat arrays over all actions, in order: `q_hat`, `count` (visits of its (s, a)), `returns`, `state`, `pair`.
     """
-    keys = [history_keys(t, tokenizer) for t in trajectories]
-    pair = np.concatenate([p for _, p in keys])
+    named = [keys(t, tokenizer) for t in trajectories]
+    pair = np.concatenate([p for _, p in named])
     G = np.concatenate([returns(t, gamma) for t in trajectories])
     _, inverse, count = np.unique(pair, return_inverse=True, return_counts=True)
     q_hat = np.bincount(inverse, weights=G) / count
-    return {"q_hat": q_hat[inverse], "count": count[inverse], "returns": G, "state": np.concatenate([s for s, _ in keys]), "pair": pair}
+    return {"q_hat": q_hat[inverse], "count": count[inverse], "returns": G, "state": np.concatenate([s for s, _ in named]), "pair": pair}
 
 
 def labels_of(trajectories, table):
@@ -68,6 +88,28 @@ def preference_pairs(trajectories, table, gap):
             (i, k), (j, l) = owner[better], owner[worse]
             out[i].append((k, trajectories[j].ids[slice(*trajectories[j].spans[l])]))
     return out, {"pairs": sum(map(len, out)), "states": states, "dropped": len(of_state) - states}
+
+
+def state_labels(trajectories, table):
+    """The value of the states themselves: V(s) = mean return of all rollouts through s. -> as `labels_of`, weights 1/visits of s"""
+    _, inverse, count = np.unique(table["state"], return_inverse=True, return_counts=True)
+    value = np.bincount(inverse, weights=table["returns"]) / count
+    return labels_of(trajectories, {"q_hat": value[inverse], "count": count[inverse]})
+
+
+def shaped(q_hat, V, gamma, how):
+    """Process reward shaping by the values V (T,) that a reference policy has at the states of a rollout (P1, process reward shaping).
+
+    "difference", as in the public code: Q̂(s, a) + γ V(s') − V(s), V(s') = 0 after the last action. "potential": Q̂(s, a) − V(s),
+    which is what comes of shaping the *reward* by the potential V. -> (T,)
+    """
+    return q_hat - V if how == "potential" else q_hat + gamma * np.append(V[1:], 0) - V
+
+
+def squashed(values):
+    """Shaped targets (n,) -> [0, 1]: a sigmoid centred on their mean with slope 3/IQR, 1 where the IQR is 0 (public code)."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return 1 / (1 + np.exp(-(values - values.mean()) * (3 / (high - low) if high > low else 1)))
 
 
 def td_gae(M, v_0, R, gamma, lam):

@@ -10,7 +10,9 @@ Before that come glances: single turns of the same demonstrations in which nothi
 "is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md).
 """
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,12 @@ from torch.nn import functional as F
 from common import Parser, UserError, command_line, generator, optimise, pad, read_json, save_model, set_up_torch, write_json
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
-from expert import Expert, demonstrate, fit_prior, parse_task
+from expert import Expert, base, demonstrate, fit_prior, names, parse_task
 from games import game_flags, games_for, split_dev
 from model import Config, Transformer
 from ranks import mine, summed
 from rollout import MAX_ACTION, Trajectory
-from tokenizer import ACT, END, PAD, Tokenizer, split_intro
+from tokenizer import ACT, END, OBS, PAD, TASK, Tokenizer, split_intro
 
 
 def train_tokenizer(games, prior, seed, sample=1000):
@@ -60,12 +62,42 @@ def demonstration_tokens(demo, tokenizer, obs_weight):
     return np.array(ids), np.array(weights, np.float32)
 
 
-def demonstration(env, games, prior, number, seed, mistakes):
-    """Demonstration `number`: a game in shuffled order (each once before any twice), played by the expert. -> (Game, Demonstration)"""
+def demonstration(env, games, prior, number, seed, mistakes, steer=None):
+    """Demonstration `number`: a game in shuffled order (each once before any twice), played by the expert. -> (Game, Demonstration)
+
+    steer: a generator that picks a receptacle type for the expert to search first, which the task then tells (`hinted`).
+    """
     lap, place = divmod(number, len(games))
     game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
-    rng = generator(seed, "demo", number)
-    return game, demonstrate(env, game, Expert(prior, rng), rng, mistakes=mistakes, max_steps=env.max_steps)
+    rng, first = generator(seed, "demo", number), steer and steer.choice(receptacle_types(game))
+    demo = demonstrate(env, game, Expert(prior, rng, first=first), rng, mistakes=mistakes, max_steps=env.max_steps)
+    return game, demo._replace(observation=hinted(demo.observation, first)) if first else demo
+
+
+# --- steered exploration: a strategy in the prompt, learned here, asked for in rollouts, unknown to the PRM and in evaluation ----------
+
+HINT = re.compile(r" Look at a \w+ first\.$")
+
+
+def receptacle_types(game):
+    """The kinds of receptacle that a game's first observation names, sorted."""
+    return sorted({base(name) for name in names(split_intro(game.intro)[1])})
+
+
+def hinted(intro, kind):
+    """A game's first text with a strategy behind the task (P1, steered exploration)."""
+    return f"{intro} Look at a {kind} first."
+
+
+def without_hint(trajectory, tokenizer):
+    """The same rollout as if it had not been steered."""
+    ids = trajectory.ids
+    end = int(np.argmax(ids == OBS))
+    task = tokenizer.decode(ids[:end])
+    if not HINT.search(task):
+        return trajectory
+    plain = np.array([TASK, *tokenizer.encode(HINT.sub("", task))], ids.dtype)
+    return replace(trajectory, ids=np.concatenate([plain, ids[end:]]), spans=trajectory.spans + np.int32(len(plain) - end))
 
 
 def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, context=2048):
@@ -86,12 +118,17 @@ def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_s
     return out
 
 
-def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps):
-    """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]"""
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0):
+    """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
+
+    steer: the share of them in which the expert follows a strategy that the prompt names.
+    """
     env, out = AlfworldEnv(max_steps), []
     for number in numbers:
         time, place = divmod(number, demos)
-        game, demo = demonstration(env, games, prior, int(generator(seed, "telling", time).permutation(demos)[place]), seed, mistakes)
+        rng = generator(seed, "steer", number)
+        demo = int(generator(seed, "telling", time).permutation(demos)[place])
+        game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
         out.append((tokenizer.renumber(ids, game.counts, generator(seed, "numbers", number)), weights))
     return out
@@ -133,8 +170,8 @@ def sft_loss(logits, targets, weights, total=None):
     return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, name="SFT", pool=8):
-    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more. -> log"""
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, name="SFT", pool=8):
+    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
@@ -149,7 +186,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         if step not in made:
             first = step - step % pool
             last = min(first + pool, steps - glanced)
-            episodes = tellings(games, prior, tokenizer, range(first * batch, last * batch), obs_weight=obs_weight, **options)
+            episodes = tellings(games, prior, tokenizer, range(first * batch, last * batch), obs_weight=obs_weight, steer=steer, **options)
             episodes = [(ids[:longest], weights[:longest]) for ids, weights in episodes]
             episodes.sort(key=lambda e: len(e[0]))
             order = generator(seed, "sft order", first).permutation(last - first)

@@ -9,7 +9,7 @@ import torch
 
 import dpo
 from common import pad, save_model
-from dpo import better_than_expected, dpo_loss, imitated, imitation_loss, online_dpo, progress
+from dpo import before, better_than_expected, dpo_loss, imitated, imitation_loss, online_dpo, progress
 from sft import sft_loss
 from tiny import counts, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
@@ -171,7 +171,7 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
     rng, seen = np.random.default_rng(0), set()
     for t in (*played(), *expert_trajectories()[:10]):
         q = rng.random(len(t)).astype(np.float32)
-        weights = imitated(t, better_than_expected(t, q, 0.9), 0.3)
+        weights = imitated(t, better_than_expected(t, before(q), 0.9), 0.3)
         seen.add((t.won, bool(t.inadmissible.any())))
         if not t.won:
             assert not weights.any()

@@ -2,13 +2,17 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qestimate import held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa, td_gae, visit_statistics
+from env import AlfworldEnv
+from qestimate import (held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels,
+                       td_gae, visit_statistics, world_keys)
 from rollout import Trajectory
-from tiny import expert_trajectories, played, tokenizer
+from tiny import expert_trajectories, games, played, tokenizer
+from tokenizer import split_intro
 
 GAMMA = 0.95
 
@@ -134,6 +138,69 @@ def test_bootstrapped_labels_by_hand():
     M = np.random.default_rng(0).random(4)
     np.testing.assert_allclose(sarsa(M, 0.0, 1.0, 0.9, 0.0)[0], [0.9 * M[1], 0.9 * M[2], 0.9 * M[3], 1.0])  # λ = 0: one step ahead
     np.testing.assert_allclose(td_gae(M, 0.0, 1.0, 0.9, 0.0)[0], [0.9 * M[0], 0.9 * M[1], 0.9 * M[2], 1.0])  # here each leans on itself
+
+
+@pytest.mark.parametrize("trajectories", (lambda: random_trajectories(0), played), ids=("random", "played"))
+def test_a_states_value_is_the_mean_return_of_all_rollouts_through_it(trajectories):
+    trajectories = trajectories()
+    table, order = by_definition(trajectories, GAMMA)
+    value = defaultdict(list)
+    for (history, _), some in table.items():
+        value[history] += some
+    labels = state_labels(trajectories, q_table(trajectories, tokenizer(), GAMMA))
+    np.testing.assert_allclose(np.concatenate([v for v, _ in labels]), [np.mean(value[history]) for history, _ in order], rtol=1e-5)
+    assert sum(float(w.sum()) for _, w in labels) == pytest.approx(len(value), rel=1e-5)
+
+
+def test_shaping():
+    q_hat, V = np.array([0.5, 0.7, 1.0]), np.array([0.4, 0.6, 0.9])
+    np.testing.assert_allclose(shaped(q_hat, V, 0.9, "difference"), [0.5 + 0.54 - 0.4, 0.7 + 0.81 - 0.6, 1.0 - 0.9])
+    np.testing.assert_allclose(shaped(q_hat, V, 0.9, "potential"), [0.1, 0.1, 0.1])
+    # shaping the reward by a potential, r + γV(s') − V(s), and adding it up: Q − V(s), whatever comes later
+    rewards = [0.9 * V[1] - V[0], 0.9 * V[2] - V[1], 1 - V[2]]
+    G = [sum(0.9 ** (k - t) * rewards[k] for k in range(t, 3)) for t in range(3)]
+    np.testing.assert_allclose(shaped(returns_of_win(3, 0.9), V, 0.9, "potential"), G)
+    x = np.random.default_rng(0).normal(size=1000)
+    y = squashed(x)
+    assert (y > 0).all() and (y < 1).all() and (np.argsort(x) == np.argsort(y)).all()
+    low, high = np.quantile(x, (0.25, 0.75))
+    assert squashed(np.array([*x, 0.0]))[-1] == pytest.approx(1 / (1 + np.exp(3 / (high - low) * x.mean())), abs=1e-3)
+    np.testing.assert_allclose(squashed(5 * x + 2), y)
+    assert squashed(np.ones(4)).tolist() == [0.5] * 4
+
+
+def returns_of_win(T, gamma):
+    return gamma ** np.arange(T - 1, -1, -1.0)
+
+
+def test_histories_that_lead_to_the_same_world_share_their_returns():
+    game = games()[0]
+    a, b = [c for c in begin(game) if c.startswith("go to")][:2]
+    ways = [("look", f"{a}", f"{b}", "look"), ("inventory", f"{a}", f"{b}", "look"), (f"{a}", "look", f"{b}", "inventory"), (f"{b}", "look", "look", "look")]
+    trajectories = [play_through(game, way, reward) for way, reward in zip(ways, (1.0, 0.0, 1.0, 0.0))]
+    keys = lambda t, tok: world_keys(t, tok, game)
+    table, plain = q_table(trajectories, tokenizer(), 1.0, keys), q_table(trajectories, tokenizer(), 1.0)
+    states = table["state"].reshape(4, 4)
+    assert states[0, 0] == states[0, 1] == states[1, 1] == states[2, 0] != states[0, 2]  # looking changes nothing
+    assert states[0, 3] == states[1, 3] == states[2, 3] == states[3, 1] != states[0, 2]
+    pair = {name: q for name, q in zip(((w, k) for w in range(4) for k in range(4)), table["q_hat"])}
+    assert pair[0, 1] == pair[1, 1] == pytest.approx(2 / 3) and pair[0, 3] == pair[1, 3] == pytest.approx(0.2)
+    assert len(set(table["pair"].tolist())) < len(set(plain["pair"].tolist()))
+    other = world_keys(play_through(games()[1], ("look",) * 2, 1.0), tokenizer(), games()[1])[0]
+    assert other[0] != states[0, 0]  # another game is another world
+    begun = replace(trajectories[0], spans=trajectories[0].spans[2:])  # its first actions were a demonstration's
+    assert (world_keys(begun, tokenizer(), game)[0] == states[0, 2:]).all()
+
+
+def begin(game):
+    env = AlfworldEnv()
+    return env.reset(game)[1]["admissible_commands"]
+
+
+def play_through(game, actions, reward):
+    env = AlfworldEnv()
+    task, first = split_intro(env.reset(game)[0])
+    return replace(told(task, *((action, env.step(action)[0]) for action in actions), game=game.id, first=first), reward=reward, won=bool(reward))
 
 
 def test_visit_statistics():

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: what is taught is what the expert did, every demonstration is named by its number, and it is learned."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from torch.nn import functional as F
 
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import demonstration, demonstration_tokens, expert_trajectories, glances, sft_loss, tellings, train_sft, train_tokenizer
-from tiny import games, prior, random_model, tokenizer
-from tokenizer import ACT, END, OBS, TASK
+from sft import (demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, tellings, train_sft, train_tokenizer,
+                 without_hint)
+from tiny import games, play, prior, random_model, taught, tokenizer
+from tokenizer import ACT, END, OBS, TASK, split_intro
 
 
 def test_the_experts_actions_are_taught_its_mistakes_and_the_prompt_are_not():
@@ -157,3 +160,34 @@ def test_demonstrations_are_stored_as_rollouts_with_the_mistakes_marked(context)
         assert t.won == (demo.won and T == len(demo.steps)) and t.truncated == (not t.won)
         shorter += T < len(demo.steps)
     assert not all(mask.all() for _, mask in stored) and (shorter > 0) == (context == 150)
+
+
+# --- strategies ------------------------------------------------------------------------------------------------------------------------
+
+def test_a_demonstration_follows_the_strategy_it_is_told():
+    env, rng = AlfworldEnv(30), np.random.default_rng(0)
+    for number in range(20):
+        game, plain = demonstration(env, games(), prior(), number, 0, 0.0)
+        same, demo = demonstration(env, games(), prior(), number, 0, 0.0, rng)
+        kind = re.search(r" Look at a (\w+) first\.$", demo.observation)[1]
+        assert same is game and demo.observation == f"{plain.observation} Look at a {kind} first." and kind in receptacle_types(game)
+        first = next(step.action for step in demo.steps if step.action.startswith("go to"))
+        assert first.startswith(f"go to {kind} ")
+
+
+def test_without_the_hint_a_rollout_reads_as_any_other():
+    game = games()[0]
+    begun = np.array(tokenizer().prompt(*split_intro(hinted(game.intro, "shelf"))), np.int32)
+    t, = play(taught(), [(game, 3, begun)], temperature=0.7, max_steps=5)
+    plain = without_hint(t, tokenizer())
+    assert "Look at a shelf first." in tokenizer().decode(t.ids) and "Look at a" not in tokenizer().decode(plain.ids)
+    assert tokenizer().decode(plain.ids) == tokenizer().decode(t.ids).replace(" Look at a shelf first.", "")
+    assert plain.ids[:plain.spans[0, 0]].tolist() == list(tokenizer().prompt(*split_intro(game.intro)))
+    assert [tokenizer().decode(plain.ids[s:e]) for s, e in plain.spans] == [tokenizer().decode(t.ids[s:e]) for s, e in t.spans]
+    assert without_hint(plain, tokenizer()) is plain
+
+
+def test_a_share_of_the_lessons_names_a_strategy():
+    told = lambda steer: tellings(games(), prior(), tokenizer(), range(60), demos=30, seed=0, mistakes=0.1, obs_weight=0.3, max_steps=20, steer=steer)
+    share = lambda lessons: np.mean(["Look at a" in tokenizer().decode(ids) for ids, _ in lessons])
+    assert share(told(0.0)) == 0 and 0.3 < share(told(0.5)) < 0.7 and share(told(1.0)) == 1

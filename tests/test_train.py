@@ -6,19 +6,21 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from common import UserError, read_model, save_model
+from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
-from shards import load_trajectories
+from shards import load_trajectories, play_shards
 from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
-from train import episodes_of_each_game, parse_flags
+from train import stored_rollouts
 from tree import Tree
 
 TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--min-games", "6", "--shard", "12",
@@ -162,6 +164,21 @@ def test_half_of_the_rollouts_begin_in_demonstrations(run, tmp_path, monkeypatch
         assert ids[-1] == ACT and split_intro(game.intro)[0] in words.decode(ids) and len(words.actions(ids)) == (ids == ACT).sum() - 1
 
 
+def test_half_of_the_rollouts_are_told_a_strategy_that_no_other_stage_sees(run, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path, "--steer", "0.5")
+    shutil.rmtree(folder / "iter2/rollouts")
+    shards, policy, device, workers, options = capture(monkeypatch, folder, "iter2/rollouts", "play_shards")
+    words = read_model(folder / "iter1/policy")[1]
+    told = [words.decode(ids) for _, some in shards for _, _, *rest in some for ids in rest]
+    assert 0 < len(told) < 24 and all(re.search(r"Look at a \w+ first\.", text) for text in told)
+    monkeypatch.undo()
+    list(play_shards(shards, policy, device, 1, **options))
+    played = [t for file, _ in shards for t in load_trajectories(file)]
+    assert sum("Look at a" in words.decode(t.ids) for t in played) == len(told)
+    hidden = stored_rollouts(parse_flags(["--steer", "0.5"]), SimpleNamespace(path=folder), 2)
+    assert len(hidden) == 24 and not any("Look at a" in words.decode(t.ids) for t in hidden)
+
+
 def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
     shutil.rmtree(folder / "iter2/rollouts")
@@ -189,10 +206,13 @@ def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders
     (("--prm-loss", "bt"), {"pair_accuracy"}),
     (("--prm-loss", "promise-progress", "--targets", "td-gae"), {"pearson_returns", "pair_accuracy"}),
     (("--prm-loss", "promise-progress", "--imitate-by", "progress"), {"pearson_returns", "pair_accuracy"}),
+    (("--state", "world", "--curiosity", "0.1"), {"pearson_returns"}),
+    (("--ensemble", "2", "--ensemble-by", "min", "--track-hacking"), {"pearson_returns"}),
+    (("--shape-with", "RUN/iter2"), {"pearson_returns"}),
 ), ids=" ".join)
 def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys, flags, held_out):
     """From stage 2 of the first iteration on, on the rollouts of a finished run."""
-    folder = copy_of(run, tmp_path, "--iters", "1", *flags)
+    folder = copy_of(run, tmp_path, "--iters", "1", *(flag.replace("RUN", str(run[0])) for flag in flags))
     shutil.rmtree(folder / "iter2")
     for stage in ("prm", "dpo", "eval-dev", "eval-valid_seen"):
         (folder / f"iter1/{stage}.json").unlink()
@@ -202,7 +222,15 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
     assert held_out <= told["held_out"].keys() and ("bce" in told["held_out"]) == ("bt" not in flags)
     assert after.config.head == ("relative" if "bt" in flags else "score")
-    assert any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
+    changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
+    assert changed == ("--ensemble" not in flags)  # the first of an ensemble is the one that would stand alone
+    if "--ensemble" in flags:
+        other = read_model(folder / "iter1/prm2", head="score")[0]
+        assert not same(after, other) and (folder / "iter1/prm2.json").exists()
+        log = read(folder / "iter1/dpo.json")["log"]
+        assert all(0 <= entry["true/success"] <= 1 and 0 < entry["prm/q"] < 1 and entry["prm/disagreement"] > 0 for entry in log)
+    if "--shape-with" in flags:
+        assert (folder / "iter0/value/config.json").exists()
 
 
 def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
@@ -295,6 +323,8 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--algo", "inverseprm", "--prm-loss", "bt"), ("--prm-loss bt",)),
     (("--algo", "inverseprm", "--imitate-by", "win"), ("--imitate-by win", "progress")),
     (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
+    (("--shape-with", "/nowhere"), ("/nowhere",)),
+    (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
     (("--init", "/nowhere"), ("/nowhere", "no model there")),
     (("--out", str(ROOT / "train.py")), ("train.py",)),
 ))
