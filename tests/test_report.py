@@ -120,11 +120,17 @@ def test_every_figure_is_a_png_too(reported):
 
 # --- episodes --------------------------------------------------------------------------------------------------------------------
 
-def test_episodes_are_the_best_policys_with_q_of_its_prm(reported):
-    folder, _, _, episodes, _ = reported
-    flags, best = read(folder / "config.json")["flags"], read(folder / "result.json")["best"]
+@pytest.mark.parametrize("best, judge", ((0, 1), (1, 1), (2, 2)))
+def test_episodes_are_the_best_policys_with_q_of_its_prm(run, best, judge, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    for i in range(3):
+        record = read(folder / f"iter{i}/eval-dev.json")
+        (folder / f"iter{i}/eval-dev.json").write_text(json.dumps({**record, "success": float(i == best)}))
+    assert in_process(report_main, (folder, "--episodes", 5), monkeypatch, capsys).returncode == 0
+    episodes, flags = episodes_of((folder / "report/index.html").read_text()), read(folder / "config.json")["flags"]
     policy, words = read_model(folder / f"iter{best}/policy")
-    prm, _ = read_model(folder / f"iter{max(1, best)}/prm", head="score")
+    prm, _ = read_model(folder / f"iter{judge}/prm", head="score")
     dev = split_dev(generated_split("train", flags["n_generated"]), flags["dev_games"])[1]
     picked = [dev[g] for g in generator(0, "report").permutation(len(dev))[:5]]
     assert [e["game"] for e in episodes] == [game.id for game in picked]
