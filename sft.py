@@ -34,8 +34,8 @@ def train_tokenizer(games, prior, seed, sample=1000):
     """Vocabulary from `sample` demonstrations with mistakes, and every base name with every number it has in any of the games."""
     counts, texts, env = {}, [], AlfworldEnv(30)
     for game in games:
-        for base, n in game.counts.items():
-            counts[base] = max(n, counts.get(base, 0))
+        for name, n in game.counts.items():
+            counts[name] = max(n, counts.get(name, 0))
     for number, i in enumerate(generator(seed, "tokenizer").permutation(len(games))[:sample]):
         rng = generator(seed, "tokenizer", number)
         demo = demonstrate(env, games[i], Expert(prior, rng), rng, mistakes=0.2)

@@ -1,6 +1,7 @@
-"""What all tests share: the published games where there are any, and a few generated ones."""
+"""What all tests share: the published games where there are any, a few generated ones, and a finished run."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,13 @@ def some_games():
     pytest.importorskip("alfworld")
     from games import generated_split
     return generated_split("train", 60, seed=0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished tiny run: its folder, what it printed, when it began."""
+    from tiny import TINY, command
+    folder, began = tmp_path_factory.mktemp("runs") / "tiny", time.time()
+    done = command("train.py", *TINY, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done, began

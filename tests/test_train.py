@@ -4,7 +4,6 @@ import json
 import random
 import re
 import shutil
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,23 +16,11 @@ from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from shards import load_trajectories, play_shards
-from tiny import ROOT, assert_refused, command, in_process, taught, tokenizer
+from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
 from train import stored_rollouts
 from tree import Tree
-
-TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--min-games", "6", "--shard", "12",
-        "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished tiny run: its folder, what it printed, when it began."""
-    folder, began = tmp_path_factory.mktemp("runs") / "tiny", time.time()
-    done = command("train.py", *TINY, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done, began
 
 
 def read(file):

@@ -1,0 +1,222 @@
+"""The figures of a report: what each one draws, from a run as `report.read_run` gives it, and two ways to draw it, SVG and PNG.
+
+A figure is a dict: name, title, note, legend [(colour, text)], x and y (label, low, high, [(value, text)]), and marks
+(kind, colour, points [(x, y)], text): line, dashes, dots, or bar (between two corners). A colour is a number or "grey"; the text
+says the mark's numbers in words. A figure for which the run has no numbers is None.
+"""
+
+import re
+from html import escape
+from math import floor, log10
+
+AGENT_PRM = (0.649, 0.739, 0.858, 0.881)  # π_0 … π_3 of arXiv 2502.10325: 3B parameters, valid_unseen, cap 30, temperature 0.3
+KINDS = {"pick_and_place_simple": "put", "look_at_obj_in_light": "look", "pick_clean_then_place_in_recep": "clean", "pick_heat_then_place_in_recep": "heat",
+         "pick_cool_then_place_in_recep": "cool", "pick_two_obj_and_place": "two"}  # task type -> what a report calls it
+STAGES = {"sft": "SFT", "rollouts": "rollouts", "prm": "PRM", "dpo": "DPO", "eval": "evaluation"}
+TENTHS, FIFTHS = [(v / 10, f"{10 * v} %") for v in range(11)], [(v / 5, f"{v / 5:.1f}") for v in range(6)]
+COLOURS = ("#8892a0", "#2f7fd1", "#d9730d", "#1a936f", "#b5459b", "#7a5cc9", "#c43d3d", "#7c6a2e")  # as c0 … c7 of report.html, in a light scheme
+
+
+def pi(i, letter="π"):
+    return letter + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def percent(x):
+    return f"{100 * x:.1f} %"
+
+
+def shade(colour):
+    """The colour's name in the page: there are eight, and grey."""
+    return colour if colour == "grey" else colour % len(COLOURS)
+
+
+def span(low, high):
+    return f"{100 * low:.1f} … {100 * high:.1f}"
+
+
+def figures_of(run):
+    """All figures that the run has numbers for."""
+    made = (success(run), *(task_types(run, split) for split in run.splits), best_of_n(run), calibration(run), hacking(run), visits(run), time(run))
+    return [figure for figure in made if figure]
+
+
+# --- what is drawn -----------------------------------------------------------------------------------------------------
+
+def curve(colour, points, texts, kind="line"):
+    """Marks of a line with a dot at each point, and the dots' texts."""
+    return [(kind, colour, points, ""), *(("dots", colour, [point], text) for point, text in zip(points, texts))]
+
+
+def success_axis(values):
+    """The axis of games won, from the tenth below the least of the values."""
+    low = floor(10 * min(values)) / 10
+    return "games won", low, 1, [t for t in TENTHS if t[0] >= low]
+
+
+def round_ticks(high, n=5):
+    """At most n + 1 round numbers from 0 to `high`."""
+    step = next(s for e in range(-6, 9) for s in (10.0 ** e, 2 * 10.0 ** e, 5 * 10.0 ** e) if s * n >= high)
+    return [(k * step, f"{k * step:,.4g}") for k in range(int(high / step) + 1)]
+
+
+def success(run):
+    marks, legend = [], []
+    for c, split in enumerate(run.splits, 1):
+        rows = [row for row in run.rows if row["split"] == split]
+        xs = [row["i"] + 0.05 * (c - (len(run.splits) + 1) / 2) for row in rows]  # beside each other, for the intervals to be seen
+        marks += [("line", c, [(x, p) for p in row["interval"]], "") for x, row in zip(xs, rows)]
+        marks += curve(c, [(x, row["success"]) for x, row in zip(xs, rows)],
+                       [f"{pi(row['i'])} on {split}: {percent(row['success'])} ({span(*row['interval'])})" for row in rows])
+        legend.append((c, f"{split}, {rows[0]['games']} games"))
+    last = max(run.iterations)
+    theirs = list(enumerate(AGENT_PRM))[:last + 1]
+    marks += curve("grey", theirs, [f"the paper's {pi(i)}, 3B parameters, on valid_unseen: {percent(p)}" for i, p in theirs], "dashes")
+    return dict(name="success", title="Success by iteration", x=("iteration", -0.25, last + 0.25, [(i, pi(i)) for i in range(last + 1)]),
+                y=success_axis(y for _, _, points, _ in marks for _, y in points), marks=marks, legend=[*legend, ("grey", "the paper, 3B parameters, valid_unseen")],
+                note="Upright lines: 95 % intervals, bootstrap over games.")
+
+
+def task_types(run, split):
+    rows = [row for row in run.rows if row["split"] == split]
+    kinds = [kind for kind in KINDS if kind in rows[0]["by_task"]]
+    marks = []
+    for k, kind in enumerate(kinds):
+        for row in rows:
+            part = row["by_task"][kind]
+            y = len(kinds) - k - (row["i"] + 1) / (max(run.iterations) + 2)
+            marks.append(("line", row["i"], [(p, y) for p in part["interval"]], ""))
+            text = f"{KINDS[kind]} ({part['games']} games), {pi(row['i'])}: {percent(part['success'])} ({span(*part['interval'])})"
+            marks.append(("dots", row["i"], [(part["success"], y)], text))
+    return dict(name=f"tasks-{split}", title=f"By task type, {split}", x=("games won", -0.02, 1.02, TENTHS[::2]),
+                y=("", 0, len(kinds), [(len(kinds) - k - 0.5, KINDS[kind]) for k, kind in enumerate(kinds)]), marks=marks,
+                legend=[(row["i"], pi(row["i"])) for row in rows], note="Lines: 95 % intervals, bootstrap over games.")
+
+
+def best_of_n(run):
+    """From search.json of the run, a list of {"policy", "prm", "best_of", "success", "split"}."""
+    curves = {}
+    name = lambda folder, letter: re.sub(r".*iter(\d+).*", lambda found: pi(found[1], letter), str(folder))
+    for row in run.search:
+        curves.setdefault(f"{name(row['policy'], 'π')} by {name(row['prm'], 'Q')}, {row['split']}", []).append((row["best_of"], row["success"]))
+    if not curves:
+        return None
+    ns = sorted({n for points in curves.values() for n, _ in points})
+    marks = []
+    for c, (name, points) in enumerate(curves.items(), 1):
+        marks += curve(c, [(ns.index(n), p) for n, p in sorted(points)], [f"{name}: best of {n} wins {percent(p)}" for n, p in sorted(points)])
+    return dict(name="best-of-n", title="Best-of-N", x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]),
+                y=success_axis(p for points in curves.values() for _, p in points), marks=marks, legend=list(enumerate(curves, 1)),
+                note="At every step N actions are drawn and the one of highest Q is played. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.")
+
+
+def calibration(run):
+    cards = [(i, record["held_out"]) for i, record in run.stages("prm")]
+    marks = [("dashes", "grey", [(0, 0), (1, 1)], "")]
+    for i, card in cards:
+        marks += curve(i, [(q, G) for q, G, _ in card["calibration"]],
+                       [f"{pi(i, 'Q')}: mean Q {q:.3f}, mean return {G:.3f}, {n:,} actions" for q, G, n in card["calibration"]])
+    return dict(name="calibration", title="Is Q what it says?", x=("Q, in ten bins", -0.02, 1.02, FIFTHS), y=("mean discounted return", -0.02, 1.02, FIFTHS),
+                marks=marks, legend=[(i, f"{pi(i, 'Q')}, mean gap {card['ece']:.3f}") for i, card in cards],
+                note="Dots: bins of Q with their mean return. On the diagonal Q is the return that came; below it Q hopes for too much.")
+
+
+def hacking(run):
+    """The PRM's score of the policy's proposals during stage 3, and what became of success: where they part, the PRM is hacked (P1)."""
+    won = {row["i"]: row["success"] for row in run.rows if row["split"] == "dev"}
+    marks, legend, done, tops = [], [], 0, [(0, 0)]
+    for i, record in run.stages("dpo"):
+        stretch = record["log"][0]["step"]  # updates a line of the log is the mean of; what remains at the end are too few
+        points = [(done + line["step"], line["score/mean"]) for line in record["log"] if "score/mean" in line and line["step"] % stretch == 0]
+        if points:
+            (first, low), (last, high) = points[0], points[-1]
+            marks.append(("line", i, points, f"{pi(i, 'Q')} of proposals: {low:.3f} at update {first:,}, {high:.3f} at update {last:,}"))
+            legend.append((i, f"{pi(i, 'Q')} of proposals"))
+        done += record["log"][-1]["step"]
+        tops += [(done, i)] * (i in won)
+    if not marks:
+        return None
+    marks += curve("grey", [(x, won[i]) for x, i in tops], [f"{pi(i)} wins {percent(won[i])} of dev" for _, i in tops], "dashes")
+    return dict(name="score-and-success", title="PRM score and success", x=("updates of stage 3", -0.02 * done, 1.02 * done, round_ticks(done)),
+                y=("Q, and games won", 0, 1, FIFTHS), marks=marks, legend=[*legend, ("grey", "success on dev")],
+                note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not heights.")
+
+
+def visits(run):
+    marks, legend, last, cards = [], [], 0, run.stages("prm")
+    for k, (i, record) in enumerate(cards):
+        least = [(int(name[:-1]), n) for name, n in record["visits"]["visits"].items()]  # (visits, pairs with at least as many)
+        names = [str(a) if b == a + 1 else f"{a}–{b - 1}" for (a, _), (b, _) in zip(least, least[1:])] + [f"{least[-1][0]}+"]
+        for c, ((_, n), (_, more)) in enumerate(zip(least, [*least[1:], (None, 0)])):
+            if n > more:
+                last, left, wide = max(last, c), c + 0.1 + 0.8 * k / len(cards), 0.8 / len(cards)
+                text = f"rollouts of {pi(i - 1)}: {n - more:,} pairs with {names[c]} visits"
+                marks.append(("bar", i, [(left, -0.3), (left + wide, log10(n - more))], text))
+        legend.append((i, f"rollouts of {pi(i - 1)}"))
+    high = floor(max(points[1][1] for _, _, points, _ in marks)) + 1
+    return dict(name="visits", title="How often (s, a) was visited", x=("visits", 0, last + 1, [(c + 0.5, name) for c, name in enumerate(names[:last + 1])]),
+                y=("pairs (s, a)", -0.3, high, [(e, "1" + "0" * (e % 3) + " kM"[e // 3].strip()) for e in range(high + 1)]), marks=marks, legend=legend,
+                note="A logarithmic scale. A label is the mean return of all rollouts through (s, a): of a pair seen once it is a single throw.")
+
+
+def time(run):
+    minutes = {}
+    for name, seconds in run.seconds.items():
+        i, stage = int(name[4:name.index("/")]), re.split("[/-]", name)[1]
+        minutes.setdefault(i, dict.fromkeys(STAGES, 0.0))[stage] += seconds / 60
+    marks, last, high = [], max(minutes), max(sum(stages.values()) for stages in minutes.values())
+    for i, stages in minutes.items():
+        start = 0.0
+        for c, (stage, spent) in enumerate(stages.items()):
+            if spent:
+                marks.append(("bar", c, [(start, last - i + 0.2), (start + spent, last - i + 0.8)], f"{pi(i)}, {STAGES[stage]}: {spent:.1f} min"))
+                start += spent
+    return dict(name="time", title="Where the time went", x=("minutes", 0, 1.02 * high, round_ticks(high)),
+                y=("", 0, last + 1, [(last - i + 0.5, pi(i)) for i in minutes]), marks=marks, legend=list(enumerate(STAGES.values())),
+                note=f"What each policy cost, its rollouts and its PRM included; {run.config['machine']}.")
+
+
+# --- how it is drawn ---------------------------------------------------------------------------------------------------
+
+def svg(figure):
+    """A figure -> SVG for the page, whose style sheet says what c0, c1, … and cgrey look like."""
+    (x_label, x_low, x_high, x_ticks), (y_label, y_low, y_high, y_ticks) = figure["x"], figure["y"]
+    left, right, top, bottom = 62, 404, 28 if y_label else 6, 252
+    X = lambda x: round(left + (right - left) * (x - x_low) / (x_high - x_low), 1)
+    Y = lambda y: round(bottom - (bottom - top) * (y - y_low) / (y_high - y_low), 1)
+    grid = [f"M{left} {Y(v)}H{right}" for v, _ in y_ticks] if y_label else [f"M{X(v)} {top}V{bottom}" for v, _ in x_ticks]  # rows without a unit need none
+    out = [f'<svg viewBox="0 0 430 296" role="img" aria-label="{escape(figure["title"])}: numbers below"><path class="grid" d="{"".join(grid)}"/>',
+           *(f'<text x="{left - 8}" y="{Y(v) + 5}" text-anchor="end">{escape(t)}</text>' for v, t in y_ticks),
+           *(f'<text x="{X(v)}" y="{bottom + 20}" text-anchor="middle">{escape(t)}</text>' for v, t in x_ticks),
+           f'<text x="2" y="13">{escape(y_label)}</text><text x="{right}" y="{bottom + 40}" text-anchor="end">{escape(x_label)}</text>']
+    for kind, colour, points, text in figure["marks"]:
+        tip = f"<title>{escape(text)}</title>" if text else ""
+        if kind == "bar":
+            (a, b), (c, d) = points
+            out.append(f'<rect class="c{shade(colour)}" x="{X(a)}" y="{Y(d)}" width="{max(1, X(c) - X(a) - 1):.1f}" height="{Y(b) - Y(d):.1f}">{tip}</rect>')
+        elif kind == "dots":
+            out += [f'<circle class="c{shade(colour)}" cx="{X(x)}" cy="{Y(y)}" r="4">{tip}</circle>' for x, y in points]
+        else:
+            out.append(f'<polyline class="c{shade(colour)} {kind}" points="{" ".join(f"{X(x)},{Y(y)}" for x, y in points)}">{tip}</polyline>')
+    return "\n".join([*out, "</svg>"])
+
+
+def write_png(figure, path):
+    """The same with matplotlib; ImportError without it."""
+    from matplotlib.figure import Figure
+    canvas = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    axes = canvas.subplots()
+    colour_of = lambda colour: "#777777" if colour == "grey" else COLOURS[shade(colour)]
+    for kind, colour, points, _ in figure["marks"]:
+        if kind == "bar":
+            (a, b), (c, d) = points
+            axes.bar(a, d - b, c - a, b, align="edge", color=colour_of(colour))
+        else:
+            axes.plot(*zip(*points), {"line": "-", "dashes": "--", "dots": "o"}[kind], color=colour_of(colour))
+    for of, (label, low, high, ticks) in (("x", figure["x"]), ("y", figure["y"])):
+        axes.set(**{f"{of}label": label, f"{of}lim": (low, high), f"{of}ticks": [v for v, _ in ticks], f"{of}ticklabels": [t for _, t in ticks]})
+    for colour, text in figure["legend"]:
+        axes.plot([], [], "s", color=colour_of(colour), label=text)
+    axes.set_title(figure["title"])
+    axes.grid(axis="y" if figure["y"][0] else "x", alpha=0.3)
+    axes.legend(fontsize="small")
+    canvas.savefig(path)
