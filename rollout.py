@@ -125,7 +125,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
             if row.ids[-1] != END and len(row.ids) - row.start < MAX_ACTION - 1:
                 continue
             trajectory = act(row, tokenizer, policy.config.max_len, seed)
-            if trajectory:
+            if trajectory is not None:
                 yield trajectory
                 rows[i] = None
 
@@ -161,11 +161,12 @@ def act(row, tokenizer, context, seed):
 def slots_for(policy, width=1):
     """Episodes in flight: 128 on a CPU (more gain nothing), 1024 on a GPU, or as many as 2 GiB hold at full length.
 
-    width: cache rows that one of them needs at a time (Best-of-N: N). Not what happens to be free: a shard must be the same whoever plays it.
+    width: actions sampled at each state; as they share rows where they read the same, a quarter of them is counted. Not what happens to
+    be free: a shard must be the same whoever plays it.
     """
     device, c = policy.cos.device, policy.config
     row = 2 * c.max_len * Cache(c, 1, 1, device).k.nbytes  # bytes
-    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // (row * width)))
+    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // (row * (1 + width // 4))))
 
 
 def encode_prompts(policy, cache, started, prompts):
@@ -208,16 +209,18 @@ def sample_tokens(policy, h, names, temperature, allowed=None, last=END):
     return chosen.cpu().numpy(), logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
 
 
-def sample_actions(policy, cache, lengths, h, names, temperature, last=END, most=MAX_ACTION):
-    """Sample one action in each row of the cache, given the hidden states h (B, D) of the <act> before it; names (k, B) as above.
+def sample_actions(policy, cache, lengths, h, names, temperature, n=1, last=END, most=MAX_ACTION):
+    """Sample n actions in each of the B rows of the cache, given the hidden states h (B, D) of the <act> before; names (k, B·n) as above.
 
-    -> ids per row (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. The cache gets all
-    but the <end>. With last=ACT what is sampled is the world's answer to an action; `most`: tokens, the last included.
+    -> ids of each sample (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. With n = 1 the
+    cache gets all but the <end>. Samples of a row share a cache row for as long as they read the same, which at low temperatures is
+    long. With last=ACT what is sampled is the world's answer to an action; `most`: tokens, the last included.
     """
-    actions, logps = [[] for _ in lengths], np.zeros(len(lengths))
-    going = np.arange(len(lengths))
+    actions, logps = [[] for _ in names[0]], np.zeros(len(names[0]))
+    going, row = np.arange(len(actions)), np.repeat(np.arange(len(lengths)), n)  # samples without an end; the cache row of each sample
+    at = row.copy()  # and its place in h
     for token in range(most - 1):
-        chosen, logp = sample_tokens(policy, h, (*names[:, going], token), temperature, last=last)
+        chosen, logp = sample_tokens(policy, h[torch.from_numpy(at[going]).to(h.device)], (*names[:, going], token), temperature, last=last)
         logps[going] += logp
         for j, c in zip(going, chosen.tolist()):
             actions[j].append(c)
@@ -225,8 +228,13 @@ def sample_actions(policy, cache, lengths, h, names, temperature, last=END, most
         going, chosen = going[on], chosen[on]
         if not len(going):
             break
-        h = feed(policy, cache, going, lengths, chosen[:, None])
-    forced = np.zeros(len(lengths), dtype=bool)
+        V = policy.config.vocab_size
+        different, at[going] = np.unique(row[going] * V + chosen, return_inverse=True)
+        rows, tokens = divmod(different, V)
+        if (rows[1:] == rows[:-1]).any():  # here some part
+            cache, lengths, row[going], rows = cache.take(rows), lengths[rows], at[going], np.arange(len(rows))
+        h = feed(policy, cache, rows, lengths, tokens[:, None])
+    forced = np.zeros(len(actions), dtype=bool)
     forced[going] = True
     for j in going:
         actions[j].append(last)
@@ -238,10 +246,9 @@ def branch(policy, cache, owner, lengths, h, n, names, temperature):
 
     h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
     """
-    start = np.repeat(lengths, n)
     names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
-    copy = fork(policy, cache, np.repeat(owner, n), int(lengths.max()))
-    drawn = list(zip(*sample_actions(policy, copy, start, h.repeat_interleave(n, 0), names, temperature)))
+    copy = fork(policy, cache, owner, int(lengths.max()))
+    drawn = list(zip(*sample_actions(policy, copy, lengths.copy(), h, names, temperature, n)))
     return [drawn[i:i + n] for i in range(0, len(drawn), n)]
 
 

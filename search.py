@@ -195,7 +195,7 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
                 env.restore(beam.world)
                 trajectory = act(beam, tokenizer, context, seed)
                 search.tried += 1
-                if trajectory:
+                if trajectory is not None:
                     search.ended.append((not trajectory.truncated, beam.q, trajectory))
                 else:
                     beam.world = env.snapshot()

@@ -16,7 +16,7 @@ from rollout import MAX_ACTION, branch, rollout
 from search import MAX_ANSWER, beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy
 from tiny import assert_same, games, play, played, random_model, taught, tokenizer
 from tokenizer import ACT, END, SPECIAL, split_intro
-from tree import Tree
+from tree import Tree, propose
 
 
 def some(n=4, k=2):
@@ -263,7 +263,7 @@ def search_by_hand(policy, prm, game, episode, keep, expand, temperature, seed, 
                     history = (*texts, tokenizer().decode(action).strip())
                     if history not in found:
                         found[history] = q_by_hand(prm, ids + action), ids + action
-        live = []
+        live, best_live = [], None
         for history, (q, ids) in sorted(found.items(), key=lambda item: -item[1][0])[:keep]:
             env = make_env(max_steps)
             env.reset(game)
@@ -274,7 +274,7 @@ def search_by_hand(policy, prm, game, episode, keep, expand, temperature, seed, 
                 ended.append((terminated, q, ids))
             else:
                 live.append((ids + answer, list(history)))
-                best_live = q if len(live) == 1 else best_live
+                best_live = q if best_live is None else best_live
         if not live or any(terminated and q >= best_live for terminated, q, _ in ended):
             break
     terminated, _, ids = max(ended, key=lambda e: e[:2])
@@ -339,3 +339,19 @@ def test_ties_between_beams_go_to_the_first():
     know_nothing = taught().with_score_head()
     a, b = ({(t.game, t.episode): t.ids.tolist() for t in found(some(), keep, 2, know_nothing)} for keep in (1, 3))
     assert a == b
+
+
+# --- samples of a state ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", (0.3, 1.5))
+def test_samples_that_share_rows_are_those_drawn_alone(temperature):
+    """Each sample has its random numbers and its log-probability, however many there are; the cache of the states stays as it was."""
+    states = [(0, int(played()[0].spans[3, 0])), (1, int(played()[9].spans[1, 0])), (1, int(played()[9].spans[4, 0]))]
+    trunks = [played()[i].ids for i in (0, 9)]
+    draw = lambda n, states=states: propose(taught(), trunks, states, n, temperature, (5, np.array([start for _, start in states])))
+    many = draw(12)
+    assert [state[:3] for state in many] == draw(3) and [draw(12, [state])[0] for state in states] == many
+    for (b, start), state in zip(states, many):
+        for number, (action, _) in enumerate(state):
+            assert action == written_by_hand(taught(), trunks[b][:start], END, MAX_ACTION, temperature, (5, start, number))
+    assert temperature < 1 or min(len({tuple(action) for action, _ in state}) for state in many) > 6
