@@ -98,7 +98,8 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--run", default="runs/default", help="a run directory of train.py", metavar="DIR")
-    add("--best-of", type=whole_numbers, default=[], help="curve over actions for these N (default: 1,2,4,8,16,32,64, or none with --best-of-episodes)", metavar="N,N,…")
+    add("--best-of", type=whole_numbers, default=[], metavar="N,N,…",
+        help="curve over actions for these N (default: 1,2,4,8,16,32,64, or none with --best-of-episodes)")
     add("--best-of-episodes", type=whole_numbers, default=[], help="curve over whole episodes for these N (default: none)", metavar="N,N,…")
     add("--policies", type=whole_numbers, help="only these π_k (default: all)", metavar="K,K,…")
     add("--split", default="dev", help="dev (what the run held out of train), or a folder of the data: train, valid_seen, valid_unseen")
@@ -122,8 +123,10 @@ def main():
     set_up_torch()
     device, flags = pick_device(args.device), read_json(run / "config.json")["flags"]
     games, source = games_of_run(run, args.split, args.data)
-    options = {"temperature": flags["eval_temperature"] if args.temperature is None else args.temperature, "max_steps": flags["max_steps"], "seed": args.seed}
-    settings = {"run": run.resolve().name, "split": args.split, "data": source, "engine": "fast", "alfworld": alfworld_version(), "episodes_per_game": args.episodes_per_game, **options}
+    temperature = flags["eval_temperature"] if args.temperature is None else args.temperature
+    options = {"temperature": temperature, "max_steps": flags["max_steps"], "seed": args.seed}
+    settings = {"run": run.resolve().name, "split": args.split, "data": source, "engine": "fast", "alfworld": alfworld_version(),
+                "episodes_per_game": args.episodes_per_game, **options}
     file = Path(args.json or run / f"curves-{args.split}.json")
     result = read_json(file) if file.exists() else {**settings, "rows": []}
     differ = [f"{name} {result.get(name)} -> {value}" for name, value in settings.items() if result.get(name) != value]
