@@ -2,10 +2,14 @@
 
     python eval.py --policy runs/default/best/policy --split valid_seen --episodes-per-game 5
     python eval.py --policy runs/default/iter0/policy --prm runs/default/iter1/prm --best-of 16 --split dev
+    python eval.py --policy … --prm … --best-of 16 --lookahead 1     # by what the policy imagines to come of each action
+    python eval.py --policy … --prm … --beam 4x4                     # these two ask more of the world: it can be set back,
+    python eval.py --policy … --prm … --best-of-episodes 16          # or played again
     python eval.py --agent expert --split valid_seen          # and --agent random: what the numbers are to be read against
     python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -19,8 +23,8 @@ from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import game_flags, games_for, split_dev, write_games
 from generate import generate
-from rollout import rollout
-from search import best_of_n
+from rollout import rollout, slots_for
+from search import beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy, read_prm
 from stock import StockAlfworldEnv, alfworld_version
 
 
@@ -36,15 +40,49 @@ def summarise(episodes, games):
     return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
 
 
-def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=None, choose=None,
-                    admissible=False, make_env=AlfworldEnv, name="evaluate"):
-    """Play every game `episodes_per_game` times. -> the results of `summarise`, the share of inadmissible actions, the episodes."""
-    todo = [(game, k) for game in games for k in range(episodes_per_game)]
-    played = tqdm(rollout(policy, tokenizer, todo, temperature=temperature, seed=seed, slots=slots, max_steps=max_steps,
-                          admissible=admissible, choose=choose, make_env=make_env), name, len(todo), unit="episode", dynamic_ncols=True)
-    done = sorted(played, key=lambda t: (t.game, t.episode))
+def result_of(trajectories, games):
+    """-> the results of `summarise`, the share of inadmissible actions, the episodes."""
+    done = sorted(trajectories, key=lambda t: (t.game, t.episode))
     episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
     return {**summarise(episodes, games), "inadmissible": float(np.mean(np.concatenate([t.inadmissible for t in done]))), "episodes": episodes}
+
+
+def play(player, games, episodes_per_game, name):
+    """All that player([(game, episode number)]) yields, `rollout` or another, with a bar."""
+    todo = [(game, k) for game in games for k in range(episodes_per_game)]
+    return list(tqdm(player(todo), name, len(todo), unit="episode", dynamic_ncols=True))
+
+
+def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=None, choose=None,
+                    admissible=False, make_env=AlfworldEnv, predictions=False, name="evaluate"):
+    """Play every game `episodes_per_game` times. -> `result_of`; with `predictions` also how well the policy foretells the world's answers."""
+    trajectories = play(lambda todo: rollout(policy, tokenizer, todo, temperature=temperature, seed=seed, slots=slots, max_steps=max_steps,
+                                             admissible=admissible, choose=choose, make_env=make_env), games, episodes_per_game, name)
+    return {**result_of(trajectories, games), **({"predictions": prediction_accuracy(policy, trajectories)} if predictions else {})}
+
+
+def evaluate_beams(policy, prm, tokenizer, games, keep, expand, *, episodes_per_game=1, **options):
+    """The same for `beam_search`, and `world_actions`: actions tried in the world, mean of an episode."""
+    found = play(lambda todo: beam_search(policy, prm, tokenizer, todo, keep, expand, **options), games, episodes_per_game, f"beams {keep}x{expand}")
+    return {**result_of([t for t, _ in found], games), "world_actions": float(np.mean([tried for _, tried in found]))}
+
+
+def evaluate_best_episodes(policy, prm, tokenizer, games, n, *, episodes_per_game=1, **options):
+    """The same for whole-episode Best-of-N, with `judge_best_episodes`."""
+    trajectories = play(lambda todo: rollout(policy, tokenizer, todo, **options), games, episodes_per_game * n, f"best of {n} episodes")
+    return judge_best_episodes(trajectories, last_scores(prm, trajectories), n, games)
+
+
+def judge_best_episodes(trajectories, q, n, games):
+    """`result_of` the best of every n rollouts of a game by q, their `last_scores`; beside it what it is to be read against.
+
+    `plain`: success and mean actions of all the rollouts; `oracle`: the share of the choices in which one of the n had won (pass@n).
+    """
+    groups = {}
+    for t in trajectories:
+        groups.setdefault((t.game, t.episode // n), []).append(t.won)
+    return {**result_of(best_episodes(trajectories, q, n), games), "oracle": float(np.mean([any(won) for won in groups.values()])),
+            "plain": {"success": float(np.mean([t.won for t in trajectories])), "mean_actions": float(np.mean([len(t) for t in trajectories]))}}
 
 
 def evaluate_scripted(agent, games, *, prior=None, episodes_per_game=1, max_steps=30, seed=0, make_env=AlfworldEnv):
@@ -91,14 +129,65 @@ def table(result):
     return lines
 
 
+def remarks(result):
+    """What else a result of `evaluate_*` tells -> lines of text."""
+    lines = []
+    if "plain" in result:
+        lines.append(f"of all the episodes: {result['plain']['success']:.1%}, {result['plain']['mean_actions']:.2f} actions; "
+                     f"one of the {result['best_of_episodes']} won (oracle): {result['oracle']:.1%}")
+    if "world_actions" in result:
+        lines.append(f"actions tried in the world an episode: {result['world_actions']:.1f}")
+    if result.get("predictions", {}).get("answers"):
+        lines.append(f"the world's answers foretold: {result['predictions']['exact']:.1%} exactly, {result['predictions']['tokens']:.1%} of their tokens")
+    if "inadmissible" in result:
+        lines.append(f"inadmissible actions: {result['inadmissible']:.1%}")
+    return lines
+
+
+def keep_by_expand(text):
+    """"4x8" -> (4, 8)"""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not KxM, two whole numbers of at least 1")
+    return int(parts[0]), int(parts[1])
+
+
+def check(args):
+    """UserError for flags that do not go together."""
+    searches = [flag for flag, used in (("--best-of", args.best_of > 1), ("--beam", args.beam), ("--best-of-episodes", args.best_of_episodes > 1)) if used]
+    if args.agent == "policy" and not args.policy:
+        raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
+    if args.agent != "policy" and searches:
+        raise UserError(f"{searches[0]} is for --agent policy")
+    if len(searches) > 1:
+        raise UserError(f"{' and '.join(searches)}: one at a time")
+    if args.lookahead and searches != ["--best-of"]:
+        raise UserError("--lookahead needs --best-of N, the candidates that it compares")
+    if searches and not args.prm:
+        raise UserError(f"{searches[0]} needs --prm DIR")
+    if args.admissible and (args.best_of > 1 or args.beam):
+        raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
+    if args.beam and args.engine != "fast":
+        raise UserError("--beam needs a world that can be set back: --engine fast")
+    if (min(args.best_of, args.best_of_episodes, args.n_generated, args.episodes_per_game, args.max_steps, 1 if args.slots is None else args.slots) < 1
+            or min(args.temperature, args.seed, args.lookahead) < 0):
+        raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
+                        "--lookahead, --temperature and --seed at least 0")
+
+
 def main():
     parser = Parser(__doc__)
     add = lambda group, flag, help, **kw: group.add_argument(flag, help=help, **kw)
     who = parser.add_argument_group("agent")
     add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random"))
     add(who, "--policy", "folder of a policy", metavar="DIR")
-    add(who, "--prm", "folder of a PRM, for --best-of", metavar="DIR")
+    add(who, "--prm", "folder of a PRM, for what follows", metavar="DIR")
     add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
+    add(who, "--lookahead", "compare the N actions of --best-of by the Q of what the policy imagines after them: D answers of the world and D actions; 0: not",
+        type=int, default=0, metavar="D")
+    add(who, "--beam", "step-level beam search: K histories are kept, each samples M actions, the K of highest Q go on; the world is set back as needed",
+        type=keep_by_expand, metavar="KxM")
+    add(who, "--best-of-episodes", "play every episode N times and take the one of highest Q at its last action", type=int, default=1, metavar="N")
     add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
@@ -113,14 +202,7 @@ def main():
     add(run, "--device", "auto, cpu or cuda", default="auto")
     add(run, "--json", "write the result there", metavar="FILE")
     args = parser.parse_args()
-    if args.agent == "policy" and not args.policy:
-        raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
-    if args.best_of > 1 and not args.prm:
-        raise UserError("--best-of needs --prm DIR")
-    if args.best_of > 1 and args.admissible:
-        raise UserError("--admissible is for plain sampling, not for --best-of")
-    if min(args.best_of, args.n_generated, args.episodes_per_game, args.max_steps, 1 if args.slots is None else args.slots) < 1 or args.temperature < 0 or args.seed < 0:
-        raise UserError("--best-of, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, --temperature and --seed at least 0")
+    check(args)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
     set_up_torch()
@@ -138,26 +220,27 @@ def main():
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        choose = None
-        if args.best_of > 1:
-            prm, words = read_model(args.prm, device, "score")
-            if words.tokens != tokenizer.tokens:
-                raise UserError(f"{args.prm} has another vocabulary than {args.policy}")
-            choose = best_of_n(prm, args.best_of)
-        result = evaluate_policy(policy, tokenizer, games, temperature=args.temperature, slots=args.slots, choose=choose,
-                                 admissible=args.admissible, **common)
+        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead) if args.best_of > 1 or args.beam or args.best_of_episodes > 1 else None
+        common |= dict(temperature=args.temperature, slots=args.slots)
+        if args.beam:
+            result = evaluate_beams(policy, prm, tokenizer, games, *args.beam, **common)
+        elif args.best_of_episodes > 1:
+            result = evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, **common)
+        else:
+            choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
+            common["slots"] = args.slots or slots_for(policy, args.best_of)
+            result = evaluate_policy(policy, tokenizer, games, choose=choose, admissible=args.admissible, predictions=args.lookahead > 0, **common)
     else:
         prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
         result = evaluate_scripted(args.agent, games, prior=prior, **common)
     result = {"agent": args.agent, "split": args.split, **result, "max_steps": args.max_steps,
-              "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "admissible": args.admissible,
+              "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "lookahead": args.lookahead,
+              "beam": args.beam and "{}x{}".format(*args.beam), "best_of_episodes": args.best_of_episodes, "admissible": args.admissible,
               "policy": args.policy, "prm": args.prm, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
               "episodes_per_game": args.episodes_per_game, "seed": args.seed, "seconds": round(time.monotonic() - start, 1)}
     print(f"agent {args.agent}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
           f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
-    print(*table(result), sep="\n")
-    if "inadmissible" in result:
-        print(f"inadmissible actions: {result['inadmissible']:.1%}")
+    print(*table(result), *remarks(result), sep="\n")
     if args.json:
         write_json(args.json, result)
     return 0

@@ -66,15 +66,20 @@ def answers_of(spans):
     return np.concatenate([np.arange(end, start) for (_, end), (start, _) in zip(spans[:-1], spans[1:])] or [np.empty(0, np.int64)])
 
 
+def answer_tokens(spans, device):
+    """The same for a batch, list of (T, 2). -> row and place of every token of an answer, two (tokens,) tensors"""
+    places = [answers_of(s) for s in spans]
+    row, place = np.repeat(np.arange(len(spans)), [len(p) for p in places]), np.concatenate(places)
+    return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
+
+
 def answers_loss(prm, h, ids, spans, total=None):
     """Cross-entropy of the world's answers: hidden states h (B, S, D), ids (B, S), spans list of (T, 2). -> scalar
 
     To tell what an action will bring is most of what there is to know about its value, and says more than a return does.
     total: the answers' tokens in the whole batch, where this is but a part of it.
     """
-    places = [answers_of(s) for s in spans]
-    row = torch.from_numpy(np.repeat(np.arange(len(spans)), [len(p) for p in places])).to(h.device)
-    place = torch.from_numpy(np.concatenate(places)).to(h.device)
+    row, place = answer_tokens(spans, h.device)
     losses = F.cross_entropy(prm.logits(h[row, place - 1]), ids[row, place], reduction="sum")
     return losses / max(1, len(place) if total is None else total)
 

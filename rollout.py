@@ -100,15 +100,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
-                game, episode, *begun = waiting.popleft()
-                intro, info = envs[i].reset(game)
-                for action in tokenizer.actions(*begun) if begun else ():
-                    info = envs[i].step(action)[-1]
-                envs[i].steps = 0
-                ids = begun[0].tolist() if begun else tokenizer.prompt(*split_intro(intro))
-                rows[i] = Row(envs[i], game, episode, key(game.id), list(ids), info, prompt_of(game, episode, *begun))
-                if rows[i].start + MAX_ACTION > policy.config.max_len:
-                    raise ValueError(f"{game.id}: the first observation ({rows[i].start} tokens) does not fit a context of {policy.config.max_len}")
+                rows[i] = begin(Row, envs[i], tokenizer, policy.config.max_len, *waiting.popleft())
                 started.append(i)
         encode_prompts(policy, cache, [(i, rows[i].prompt, rows[i].ids[:-1]) for i in started], prompts)
         for i in started:
@@ -126,25 +118,12 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
             row = rows[i]
             row.ids += tokens
             row.action_logp += logp
-            action = row.ids[row.start:]
-            if action[-1] != END and len(action) < MAX_ACTION - 1:
+            if row.ids[-1] != END and len(row.ids) - row.start < MAX_ACTION - 1:
                 continue
-            row.forced.append(action[-1] != END)
-            if row.forced[-1]:
-                row.ids.append(END)
-            row.spans.append((row.start, len(row.ids)))
-            row.logp.append(row.action_logp)
-            observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(row.ids[row.start:]))
-            row.inadmissible.append(observation == NOTHING_HAPPENS)
-            answer = tokenizer.turn(observation)
-            truncated = truncated or (not won and len(row.ids) + len(answer) + MAX_ACTION > policy.config.max_len)
-            if won or truncated:
-                yield Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
-                                 np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
+            trajectory = act(row, tokenizer, policy.config.max_len, seed)
+            if trajectory is not None:
+                yield trajectory
                 rows[i] = None
-            else:
-                row.ids += answer
-                row.start, row.action_logp = len(row.ids), 0.0
 
 
 def prompt_of(game, episode, begun=None):
@@ -152,14 +131,50 @@ def prompt_of(game, episode, begun=None):
     return (game.id,) if begun is None else (game.id, episode)
 
 
-def slots_for(policy):
+def begin(kind, env, tokenizer, context, game, episode, begun=None):
+    """The first turn of an episode, or the next after the transcript `begun`, as a `kind`: Row, or a class made from it.
+
+    ValueError if it does not fit the context.
+    """
+    intro, info = env.reset(game)
+    for action in () if begun is None else tokenizer.actions(begun):
+        info = env.step(action)[-1]
+    env.steps = 0
+    ids = tokenizer.prompt(*split_intro(intro)) if begun is None else begun.tolist()
+    row = kind(env, game, episode, key(game.id), list(ids), info, prompt_of(game, episode, begun))
+    if row.start + MAX_ACTION > context:
+        raise ValueError(f"{game.id}: the first observation ({row.start} tokens) does not fit a context of {context}")
+    return row
+
+
+def act(row, tokenizer, context, seed):
+    """Take the action that row.ids ends in to the world. -> the Trajectory if that ends the episode; else None, and the answer is appended"""
+    row.forced.append(row.ids[-1] != END)
+    if row.forced[-1]:
+        row.ids.append(END)
+    row.spans.append((row.start, len(row.ids)))
+    row.logp.append(row.action_logp)
+    observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(row.ids[row.start:]))
+    row.inadmissible.append(observation == NOTHING_HAPPENS)
+    answer = tokenizer.turn(observation)
+    truncated = truncated or (not won and len(row.ids) + len(answer) + MAX_ACTION > context)
+    if won or truncated:
+        return Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
+                          np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
+    row.ids += answer
+    row.start, row.action_logp = len(row.ids), 0.0
+    return None
+
+
+def slots_for(policy, width=1):
     """Episodes in flight: 128 on a CPU (more gain nothing), 1024 on a GPU, or as many as 2 GiB hold at full length.
 
-    Not what happens to be free: a shard must be the same whoever plays it.
+    width: actions sampled at each state; as they share rows where they read the same, a quarter of them is counted. Not what happens to
+    be free: a shard must be the same whoever plays it.
     """
     device, c = policy.cos.device, policy.config
     row = 2 * c.max_len * Cache(c, 1, 1, device).k.nbytes  # bytes
-    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // row))
+    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // (row * (1 + width // 4))))
 
 
 def encode_prompts(policy, cache, started, prompts):
@@ -185,12 +200,12 @@ def feed(policy, cache, rows, lengths, tokens):
     return h[to(ends - 1)]
 
 
-def sample_tokens(policy, h, names, temperature, allowed=None):
+def sample_tokens(policy, h, names, temperature, allowed=None, last=END):
     """Sample one action token a row, given hidden states h (B, D). -> ids (B,), log-probabilities (B,) at this temperature, in numpy.
 
-    names (k, B): integers that name each row's random number. allowed: a set of ids a row, or all.
+    names (k, B): integers that name each row's random number. allowed: a set of ids a row, or all. last: as in `action_logprobs`.
     """
-    logp = action_logprobs(policy.logits(h), temperature)  # (B, V)
+    logp = action_logprobs(policy.logits(h), temperature, last)  # (B, V)
     if allowed is not None:
         logp = constrain(logp, allowed)
     if temperature == 0:
@@ -202,28 +217,35 @@ def sample_tokens(policy, h, names, temperature, allowed=None):
     return chosen.cpu().numpy(), logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
 
 
-def sample_actions(policy, cache, lengths, h, names, temperature):
-    """Sample one action in each row of the cache, given the hidden states h (B, D) of the <act> before it; names (k, B) as above.
+def sample_actions(policy, cache, lengths, h, names, temperature, n=1, last=END, most=MAX_ACTION):
+    """Sample n actions in each of the B rows of the cache, given the hidden states h (B, D) of the <act> before; names (k, B·n) as above.
 
-    -> ids per row (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. The cache gets all
-    but the <end>.
+    -> ids of each sample (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. With n = 1 the
+    cache gets all but the <end>. Samples of a row share a cache row for as long as they read the same, which at low temperatures is
+    long. With last=ACT what is sampled is the world's answer to an action; `most`: tokens, the last included.
     """
-    actions, logps = [[] for _ in lengths], np.zeros(len(lengths))
-    going = np.arange(len(lengths))
-    for token in range(MAX_ACTION - 1):
-        chosen, logp = sample_tokens(policy, h, (*names[:, going], token), temperature)
+    actions, logps = [[] for _ in names[0]], np.zeros(len(names[0]))
+    going, row = np.arange(len(actions)), np.repeat(np.arange(len(lengths)), n)  # samples without an end; the cache row of each sample
+    at = row.copy()  # and its place in h
+    for token in range(most - 1):
+        chosen, logp = sample_tokens(policy, h[torch.from_numpy(at[going]).to(h.device)], (*names[:, going], token), temperature, last=last)
         logps[going] += logp
         for j, c in zip(going, chosen.tolist()):
             actions[j].append(c)
-        on = chosen != END
+        on = chosen != last
         going, chosen = going[on], chosen[on]
         if not len(going):
             break
-        h = feed(policy, cache, going, lengths, chosen[:, None])
-    forced = np.zeros(len(lengths), dtype=bool)
+        V = policy.config.vocab_size
+        different, at[going] = np.unique(row[going] * V + chosen, return_inverse=True)
+        rows, tokens = divmod(different, V)
+        if (rows[1:] == rows[:-1]).any():  # here some part
+            cache, lengths, row[going], rows = cache.take(rows), lengths[rows], at[going], np.arange(len(rows))
+        h = feed(policy, cache, rows, lengths, tokens[:, None])
+    forced = np.zeros(len(actions), dtype=bool)
     forced[going] = True
     for j in going:
-        actions[j].append(END)
+        actions[j].append(last)
     return actions, logps, forced
 
 
@@ -232,19 +254,24 @@ def branch(policy, cache, owner, lengths, h, n, names, temperature):
 
     h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
     """
-    rows = torch.from_numpy(np.repeat(owner, n)).to(policy.cos.device)
-    start, T = np.repeat(lengths, n), int(lengths.max())
-    copy = Cache(policy.config, len(rows), T + MAX_ACTION, policy.cos.device)
-    copy.k[:, :, :, :T], copy.v[:, :, :, :T] = cache.k[:, rows, :, :T], cache.v[:, rows, :, :T]
     names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
-    drawn = list(zip(*sample_actions(policy, copy, start, h.repeat_interleave(n, 0), names, temperature)))
+    copy = fork(policy, cache, owner, int(lengths.max()))
+    drawn = list(zip(*sample_actions(policy, copy, lengths.copy(), h, names, temperature, n)))
     return [drawn[i:i + n] for i in range(0, len(drawn), n)]
 
 
-def action_logprobs(logits, temperature):
-    """Log-probabilities of the next action token: at the sampling temperature, special tokens other than <end> masked."""
+def fork(model, cache, owner, length):
+    """A copy of the first `length` places of cache rows `owner`, with room for an action."""
+    rows = torch.from_numpy(owner).to(model.cos.device)
+    copy = Cache(model.config, len(rows), length + MAX_ACTION, model.cos.device)
+    copy.k[:, :, :, :length], copy.v[:, :, :, :length] = cache.k[:, rows, :, :length], cache.v[:, rows, :, :length]
+    return copy
+
+
+def action_logprobs(logits, temperature, last=END):
+    """Log-probabilities of the next action token: at the sampling temperature, special tokens other than `last`, which ends it, masked."""
     logits = logits.float().clone()
-    logits[..., [i for i in range(len(SPECIAL)) if i != END]] = -torch.inf
+    logits[..., [i for i in range(len(SPECIAL)) if i != last]] = -torch.inf
     return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 

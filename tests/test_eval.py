@@ -1,6 +1,8 @@
 """Evaluation: its sums by hand, its JSON contract, and the real command line with every agent."""
 
 import json
+from argparse import ArgumentTypeError
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +11,11 @@ import torch
 
 from common import save_model
 from eval import main as eval_main
-from eval import evaluate_policy, evaluate_scripted, paired_bootstrap, summarise, table
-from search import best_of_n
-from tiny import assert_refused, command, games, in_process, prior, taught, tokenizer
+from eval import evaluate_beams, evaluate_best_episodes, evaluate_policy, evaluate_scripted
+from eval import judge_best_episodes, keep_by_expand, paired_bootstrap, summarise, table
+from search import best_episodes, best_of_n, last_scores, prediction_accuracy
+from tiny import assert_refused, command, games, in_process, play, played, prior, random_model, taught, tokenizer
+from tokenizer import Tokenizer
 
 CONTRACT = {"agent": str, "split": str, "games": int, "success": float, "mean_actions": float, "by_task": dict, "max_steps": int, "temperature": (float, type(None)),
             "engine": str, "alfworld": str, "data": str, "seed": int, "episodes": list}
@@ -63,6 +67,26 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 < covered / 200 < 0.99
 
 
+def test_best_episodes_are_judged_beside_all_and_beside_the_oracle():
+    """Four episodes of each of two games, in pairs: chosen by q, not by what was won."""
+    won = ((False, True, False, False), (True, True, False, True))
+    some = [replace(t, game=game.id, won=w, episode=k) for game, mine in zip(games(), won) for k, (t, w) in enumerate(zip(played(), mine))]
+    q = np.array([0, 1, 2, 3, 3, 1, 1, 2])
+    told = judge_best_episodes(some, q, 2, games())
+    lengths = [len(t) for t in played()[:4]]
+    assert [e["won"] for e in sorted(told["episodes"], key=lambda e: e["game"] != games()[0].id)] == [True, False, True, True]
+    assert (told["success"], told["oracle"], told["plain"]) == (0.75, 0.75, {"success": 0.5, "mean_actions": np.mean(lengths)})
+    assert told["mean_actions"] == np.mean([lengths[k] for k in (1, 3, 0, 3)])
+    assert judge_best_episodes(some, q, 4, games())["oracle"] == 1 and judge_best_episodes(some, -q, 2, games())["success"] == 0.25
+
+
+def test_keep_by_expand():
+    assert keep_by_expand("4x8") == keep_by_expand("4X8") == (4, 8)
+    for text in ("4", "4x", "x4", "4x0", "-1x4", "4x4x4", "axb", "1.5x2", ""):
+        with pytest.raises(ArgumentTypeError, match="KxM"):
+            keep_by_expand(text)
+
+
 # --- agents ----------------------------------------------------------------------------------------------------------------------
 
 def test_a_policy_is_evaluated_episode_by_episode():
@@ -94,6 +118,8 @@ def folder(tmp_path_factory):
     prm = taught().with_score_head()
     torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
     save_model(folder / "prm", prm, tokenizer())
+    words = Tokenizer.train(["some words", "of its own"], {"desk": 2}, min_count=1)
+    save_model(folder / "other", random_model(head="score", vocab=len(words)), words)
     return folder
 
 
@@ -139,6 +165,41 @@ def test_best_of_n_by_command(folder, tmp_path):
     assert told["best_of"] == 3 and told["inadmissible"] == again["inadmissible"] != plain["inadmissible"]
 
 
+def test_searches_by_command_equal_the_same_in_python(folder, tmp_path):
+    from games import generated_split
+    from common import read_model
+    prm, some = read_model(folder / "prm", head="score")[0], generated_split("valid_seen", 4)
+    flags = ("--policy", folder / "policy", "--prm", folder / "prm", "--max-steps", 4, "--temperature", 1)
+    options = dict(max_steps=4, temperature=1.0)
+
+    told, lines = evaluated(tmp_path, *flags, "--beam", "2x3", "--episodes-per-game", 2, n=4)
+    again = evaluate_beams(taught(), prm, tokenizer(), some, 2, 3, episodes_per_game=2, **options)
+    assert told.items() >= again.items() and told["beam"] == "2x3" and 4 < told["world_actions"] <= 8
+    assert lines[-2] == f"actions tried in the world an episode: {told['world_actions']:.1f}"
+
+    told, lines = evaluated(tmp_path, *flags, "--best-of-episodes", 3, n=4)
+    again = evaluate_best_episodes(taught(), prm, tokenizer(), some, 3, **options)
+    rollouts = play(taught(), [(game, k) for game in some for k in range(3)], **options)
+    chosen = best_episodes(rollouts, last_scores(prm, rollouts), 3)
+    assert told.items() >= again.items() and told["best_of_episodes"] == 3 and told["inadmissible"] == np.mean(np.concatenate([t.inadmissible for t in chosen]))
+    assert f"{told['plain']['success']:.1%}" in lines[-2] and f"{told['oracle']:.1%}" in lines[-2]
+
+    told, lines = evaluated(tmp_path, *flags, "--best-of", 2, "--lookahead", 1, n=4)
+    choose = best_of_n(prm, 2, 1)
+    again = evaluate_policy(taught(), tokenizer(), some, choose=choose, predictions=True, **options)
+    assert told.items() >= again.items() and (told["best_of"], told["lookahead"]) == (2, 1)
+    rollouts = play(taught(), [(game, 0) for game in some], choose=choose, **options)
+    assert told["predictions"] == prediction_accuracy(taught(), rollouts) and f"{told['predictions']['tokens']:.1%}" in lines[-2]
+
+
+def test_a_prm_that_compares_actions_of_one_state_is_for_those_alone(folder, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "bt", taught().with_score_head("relative"), tokenizer())
+    flags = ("--games", "generated", "--n-generated", "2", "--max-steps", "2", "--policy", folder / "policy", "--prm", tmp_path / "bt")
+    assert in_process(eval_main, (*flags, "--best-of", "2"), monkeypatch, capsys).returncode == 0
+    for search in (("--beam", "2x2"), ("--best-of-episodes", "2"), ("--best-of", "2", "--lookahead", "1")):
+        assert_refused(in_process(eval_main, (*flags, *search), monkeypatch, capsys), "bt", "one state")
+
+
 def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     flags = ("--policy", folder / "policy", "--max-steps", 3, "--temperature", 1)
     fast, stock = (evaluated(tmp_path, *flags, "--engine", engine, n=2)[0] for engine in ("fast", "alfworld"))
@@ -153,6 +214,18 @@ def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     (("--policy", "{prm}"), ("prm", "not a policy")),
     (("--policy", "{policy}", "--prm", "{policy}", "--best-of", 2), ("policy", "not a PRM")),
     (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--admissible"), ("--admissible", "--best-of")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--admissible"), ("--admissible", "--beam")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--engine", "alfworld"), ("--beam", "--engine fast")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "8"), ("--beam", "KxM")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--best-of", 2), ("--best-of", "--beam")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--best-of-episodes", 2), ("--best-of", "--best-of-episodes")),
+    (("--policy", "{policy}", "--beam", "2x2"), ("--beam", "--prm")),
+    (("--policy", "{policy}", "--best-of-episodes", 2), ("--best-of-episodes", "--prm")),
+    (("--policy", "{policy}", "--best-of-episodes", 0), ("--best-of-episodes",)),
+    (("--policy", "{policy}", "--prm", "{prm}", "--lookahead", 1), ("--lookahead", "--best-of")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--lookahead", -1), ("--lookahead",)),
+    (("--agent", "expert", "--best-of", 2), ("--best-of", "--agent policy")),
+    (("--policy", "{policy}", "--prm", "{other}", "--best-of", 2), ("other", "vocabulary")),
     (("--agent", "wizard"), ("wizard",)),
     (("--agent", "random", "--split", "nosuchsplit"), ("nosuchsplit",)),
     (("--agent", "random", "--games", "alfworld", "--data", "/nowhere"), ("/nowhere",)),
@@ -165,7 +238,7 @@ def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     (("--agent", "random", "--max-steps", 1, "--json", "{policy}/config.json/out.json"), ("config.json",)),
 ))
 def test_mistakes_are_told_in_one_line(folder, flags, parts, monkeypatch, capsys):
-    flags = [str(flag).format(policy=folder / "policy", prm=folder / "prm") for flag in flags]
+    flags = [str(flag).format(policy=folder / "policy", prm=folder / "prm", other=folder / "other") for flag in flags]
     games = () if "--games" in flags else ("--games", "generated", "--n-generated", 8)
     assert_refused(in_process(eval_main, (*games, *flags), monkeypatch, capsys), *parts)
 
