@@ -93,24 +93,31 @@ def task_types(run, split):
 
 
 def best_of_n(run):
-    """From search.json of the run, a list of {"policy", "prm", "best_of", "success", "split"}."""
+    """What curves.py has measured for the run. N = 1 leaves no choice: it begins the curves of all PRMs."""
     curves = {}
-    name = lambda folder, letter: re.sub(r".*iter(\d+).*", lambda found: pi(found[1], letter), str(folder))
-    for row in run.search:
-        curves.setdefault(f"{name(row['policy'], 'π')} by {name(row['prm'], 'Q')}, {row['split']}", []).append((row["best_of"], row["success"]))
+    for row in run.curves:
+        if row["prm"] is not None:
+            curves.setdefault(f"{pi(row['policy'])} by {pi(row['prm'], 'Q')}, {row['over']}, {row['split']}", []).append((row["n"], row["success"]))
     if not curves:
         return None
+    for row in run.curves:
+        if row["prm"] is None:
+            for name in curves:
+                if name.startswith(f"{pi(row['policy'])} ") and name.endswith(f", {row['over']}, {row['split']}"):
+                    curves[name].append((row["n"], row["success"]))
     ns = sorted({n for points in curves.values() for n, _ in points})
     marks = []
     for c, (name, points) in enumerate(curves.items(), 1):
         marks += curve(c, [(ns.index(n), p) for n, p in sorted(points)], [f"{name}: best of {n} wins {percent(p)}" for n, p in sorted(points)])
     return dict(name="best-of-n", title="Best-of-N", x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]),
                 y=success_axis(p for points in curves.values() for _, p in points), marks=marks, legend=list(enumerate(curves, 1)),
-                note="At every step N actions are drawn and the one of highest Q is played. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.")
+                note="Of N actions at every step, or of N whole episodes, the one of highest Q is taken. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.")
 
 
 def calibration(run):
-    cards = [(i, record["held_out"]) for i, record in run.stages("prm")]
+    cards = [(i, record["held_out"]) for i, record in run.stages("prm") if "calibration" in record["held_out"]]  # not of --prm-loss bt
+    if not cards:
+        return None
     marks = [("dashes", "grey", [(0, 0), (1, 1)], "")]
     for i, card in cards:
         marks += curve(i, [(q, G) for q, G, _ in card["calibration"]],
@@ -161,7 +168,8 @@ def visits(run):
 def time(run):
     minutes = {}
     for name, seconds in run.seconds.items():
-        i, stage = int(name[4:name.index("/")]), re.split("[/-]", name)[1]
+        i, stage = int(name[4:name.index("/")]), re.match(r"\w+?/([a-z]+)", name)[1]  # iter3/eval-dev, iter1/prm2
+        stage = "prm" if stage == "value" else stage  # --shape-with
         minutes.setdefault(i, dict.fromkeys(STAGES, 0.0))[stage] += seconds / 60
     marks, last, high = [], max(minutes), max(sum(stages.values()) for stages in minutes.values())
     for i, stages in minutes.items():

@@ -68,7 +68,7 @@ def main():
 
 
 def read_run(folder):
-    """A run directory -> .path .config .data .parameters .seconds .search .iterations .splits (dev first) .best (on dev), .stages(name) ->
+    """A run directory -> .path .config .data .parameters .seconds .curves (rows of curves.py) .iterations .splits (dev first) .best (on dev), .stages(name) ->
     [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
 
     UserError where π_0 and π_1 are not evaluated.
@@ -87,11 +87,11 @@ def read_run(folder):
             part["interval"] = success_interval([e for e in row["episodes"] if e["game"].startswith(kind)])
         rows.append({**row, "i": i, "interval": success_interval(row["episodes"]), "gain": paired_bootstrap(evals[split, 0]["episodes"], row["episodes"])})
     best = max((row for row in rows if row["split"] == "dev"), key=lambda row: (row["success"], -row["i"]))["i"]
-    search = read_json(folder / "search.json") if (folder / "search.json").exists() else []
+    curves = [read_json(file) for file in sorted(folder.glob("curves-*.json"))]
     return SimpleNamespace(path=folder, config=read_json(folder / "config.json"), data=read_json(folder / "data.json"), rows=rows,
                            seconds=read_json(folder / "state.json")["seconds"], iterations=sorted({row["i"] for row in rows}),
                            splits=list(dict.fromkeys(row["split"] for row in rows)), best=best, parameters=records[0, "sft"]["parameters"],
-                           search=[row for row in search if isinstance(row, dict) and {"policy", "prm", "best_of", "success", "split"} <= row.keys()],
+                           curves=[{**row, "split": one["split"]} for one in curves for row in one["rows"]],
                            stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
 
 
@@ -108,6 +108,10 @@ def play(run, args):
     flags = SimpleNamespace(**{**here, "data": args.data or here["data"], "test_splits": [args.split] * (args.split != "dev")})
     policy, tokenizer = read_model(run.path / f"iter{run.best}/policy", device)
     prm, _ = read_model(run.path / f"iter{max(1, run.best)}/prm", device, "score")  # π_0 is judged by the PRM of its own rollouts
+
+    if prm.config.head == "relative":
+        print("no episodes in the page: a PRM of --prm-loss bt says nothing of one state against another", file=sys.stderr)
+        return []
 
     def compare(sources):
         for split, source in sources.items():
@@ -213,7 +217,7 @@ def prm_table(run):
             "mean Q", "mean return")
     rolled, number = dict(run.stages("rollouts")), lambda x: "–" if x is None else f"{x:.3f}"
     rows = [(pi(i, "Q"), percent(rolled[i]["success"]), number(rolled[i]["q_hat_check"]["pearson"]),
-             *(number(record["held_out"][name]) for name in ("excess_bce", "ece", "pearson_returns", "mean_q", "mean_return"))) for i, record in run.stages("prm")]
+             *(number(record["held_out"].get(name)) for name in ("excess_bce", "ece", "pearson_returns", "mean_q", "mean_return"))) for i, record in run.stages("prm")]
     return table(head, rows)
 
 

@@ -204,11 +204,26 @@ def test_without_matplotlib_the_page_is_written_all_the_same(run, tmp_path, monk
 def test_best_of_n_is_drawn_where_it_was_measured(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    row = {"policy": "runs/x/iter0/policy", "prm": "runs/x/iter1/prm", "split": "dev"}
-    (folder / "search.json").write_text(json.dumps([{**row, "best_of": 4, "success": 0.5}, {**row, "best_of": 1, "success": 0.25}, {"beam": 3}, 7]))
+    row = {"policy": 0, "prm": 1, "over": "actions"}
+    rows = [{**row, "n": 4, "success": 0.5}, {**row, "prm": None, "n": 1, "success": 0.25}, {**row, "n": 4, "over": "episodes", "success": 0.7}]
+    (folder / "curves-dev.json").write_text(json.dumps({"split": "dev", "rows": rows}))
     assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
     text = (folder / "report/index.html").read_text()
-    assert text.index("π₀ by Q₁, dev: best of 1 wins 25.0 %") < text.index("π₀ by Q₁, dev: best of 4 wins 50.0 %") and '<figure id="best-of-n"' in text
+    assert text.index("π₀ by Q₁, actions, dev: best of 1 wins 25.0 %") < text.index("π₀ by Q₁, actions, dev: best of 4 wins 50.0 %")
+    assert "π₀ by Q₁, episodes, dev: best of 4 wins 70.0 %" in text and "episodes, dev: best of 1 wins" not in text and '<figure id="best-of-n"' in text
+
+
+def test_a_run_with_relative_prms_is_reported_without_what_they_cannot_say(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    for file in folder.glob("iter*/prm.json"):
+        file.write_text(json.dumps(read(file) | {"held_out": {"pair_accuracy": 0.5, "pairs": 4}}))
+    for file in folder.glob("iter*/prm/config.json"):
+        file.write_text(json.dumps(read(file) | {"head": "relative"}))
+    (folder / "state.json").write_text(json.dumps({"seconds": {**read(folder / "state.json")["seconds"], "iter1/prm2": 60.0, "iter0/value": 60.0}}))
+    done = in_process(report_main, (folder, "--episodes", 3), monkeypatch, capsys)
+    text = (folder / "report/index.html").read_text()
+    assert done.returncode == 0 and "bt" in done.stderr and '<figure id="calibration"' not in text and '<figure id="success"' in text
 
 
 @pytest.mark.parametrize("flags, parts", (
