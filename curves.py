@@ -23,7 +23,8 @@ from stock import alfworld_version
 def games_of_run(run, split, data):
     """The games of a split as the run had them, dev being what it held out. -> ([Game], what they are, in words)"""
     flags = read_json(run / "config.json")["flags"]
-    where = "generated" if " generated games of " in read_json(run / "data.json")["train"] else "alfworld"
+    source = read_json(run / "data.json")["train"]
+    where = next((where for where in ("generated", "tiny") if f" {where} games of " in source), "alfworld")
     n = flags["n_generated"] // (1 if split in ("dev", "train") else 4)
     games, source = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
     if split != "dev":

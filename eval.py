@@ -213,7 +213,7 @@ def main():
         if games[0].path is None:  # alfworld's engine reads files
             folder = tempfile.TemporaryDirectory()
             split = "train" if args.split == "dev" else args.split
-            write_games(generate(split, args.n_generated), folder.name, split)
+            write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
             games, _ = games_for("alfworld", folder.name, args.split)
     start = time.monotonic()
     common = dict(episodes_per_game=args.episodes_per_game, max_steps=args.max_steps, seed=args.seed, make_env=make_env)

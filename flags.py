@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from common import Parser, UserError
+from games import GAMES
 
 SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
              dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
@@ -39,7 +40,7 @@ def parse_flags(argv=None, doc=None):
     g.add_argument("--smoke", action="store_true", help="every stage at tiny size, on generated games")
     g = parser.add_argument_group("games")
     add(g, "--data", None, "folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
-    add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates", choices=("auto", "alfworld", "generated"))
+    add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates; tiny: small generated ones of short tasks", choices=GAMES)
     add(g, "--n-generated", 3553, "generated train games (a quarter as many for each test split)", metavar="N")
     add(g, "--dev-games", 200, "train games held out by task folder, for every choice", metavar="N")
     add(g, "--test-splits", ["valid_seen", "valid_unseen"], "splits to report on, where they exist", nargs="*", metavar="NAME")

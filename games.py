@@ -88,19 +88,22 @@ def split_dev(games, n=200, seed=0):
     return [g for g in games if g.id not in held], [g for g in games if g.id in held]
 
 
+GAMES = ("auto", "alfworld", "generated", "tiny")
+
+
 def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     """The games a run asked for -> ([Game], what they are, in words); the words also go to stderr.
 
-    games: "alfworld" (on disk, or DataError), "generated", or "auto" (on disk if found). split: a folder of the data or
+    games: "alfworld" (on disk, or DataError), "generated", "tiny" (generated, small and short), or "auto" (on disk if found). split: a folder of the data or
     "dev", the held-out part of train (`split_dev`; "train" is all of it). n_generated, seed: for generated games only.
     """
-    if games not in ("auto", "alfworld", "generated"):
-        raise DataError(f"--games {games}: it is one of auto, alfworld, generated")
-    folder = None if games == "generated" else find_data(data)
+    if games not in GAMES:
+        raise DataError(f"--games {games}: it is one of {', '.join(GAMES)}")
+    folder = None if games in ("generated", "tiny") else find_data(data)
     if folder is None and games == "alfworld":
         raise DataError(f"no ALFWorld games in {CACHE}: name a folder by --data or $ALFWORLD_DATA, or run `python games.py --download`")
     on_disk = "train" if split == "dev" else split
-    chosen = load_split(folder, on_disk) if folder else generated_split(on_disk, n_generated, seed)
+    chosen = load_split(folder, on_disk) if folder else generated_split(on_disk, n_generated, seed, games == "tiny")
     if on_disk == "train" and any(game.scene in UNSEEN_ROOMS for game in chosen):
         raise DataError(f"{folder}/train has games in rooms {UNSEEN_ROOMS}, which are for valid_unseen only")
     chosen = split_dev(chosen)[1] if split == "dev" else chosen
@@ -108,7 +111,7 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
         raise DataError(f"no games of {split}: there are too few")
     why = " (no ALFWorld data found)" * (games == "auto")
     source = (f"{len(chosen):,} games of {split} from {folder}" if folder else
-              f"{len(chosen):,} generated games of {split}, seed {seed}, alfworld {version('alfworld')}{why}")
+              f"{len(chosen):,} {games if games == 'tiny' else 'generated'} games of {split}, seed {seed}, alfworld {version('alfworld')}{why}")
     print(f"games: {source}", file=sys.stderr)
     return chosen, source
 
@@ -116,7 +119,7 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
 def game_flags(group, split):
     """The flags that say which games: the arguments of `games_for`, for an argparse parser or group. `split`: the default."""
     group.add_argument("--data", metavar="DIR", help="folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)")
-    group.add_argument("--games", default="auto", choices=("auto", "alfworld", "generated"), help="where games come from")
+    group.add_argument("--games", default="auto", choices=GAMES, help="where games come from; tiny: small generated ones of short tasks")
     group.add_argument("--split", default=split, help="dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen")
 
 

@@ -7,6 +7,8 @@ A generated game has the very content of a `game.tw-pddl`: domain, grammar, goal
 files; rooms, their receptacles and the kinds of objects in them come from its precomputed layouts, what may lie where from
 its constants. Every one is won once by `plan` before it is handed out. How they differ from published games: an object
 is in one receptacle at most, none is inside another object, and every object can be reached.
+
+Tiny games are the same with little in a room and one thing to put somewhere: first experiments on them take seconds.
 """
 
 import importlib.util
@@ -100,8 +102,11 @@ def pddl_id(type_, position):
     return f"{type_.removesuffix('Basin')}|{'|'.join(f'{x:+06.2f}' for x in position)}{basin}".translate(PDDL)
 
 
+TINY = 5  # receptacles in a tiny room, and kinds of objects
+
+
 @lru_cache(None)
-def room(scene):
+def room(scene, tiny=False):
     """-> Room `scene`, from its layout files: reachable points, receptacles with where to stand, kinds of things in it."""
     constants, layouts = package().constants, package().layouts
     rng = random.Random(f"room {scene}")
@@ -131,6 +136,10 @@ def room(scene):
             id_ = pddl_id(type_, position)
             receptacles[id_] = type_
             where[id_] = position, location(x, z, 90 * rng.randrange(4), 60)
+    if tiny:
+        first_of = {type_: id_ for id_, type_ in reversed(receptacles.items())}
+        receptacles = {first_of[type_]: type_ for type_ in rng.sample(sorted(first_of), min(TINY, len(first_of)))}
+        where = {id_: where[id_] for id_ in receptacles}
     taken = {loc for _, loc in where.values()}
     starts = sorted({location(x, z, turn, 30) for x, z in floor for turn in (0, 90, 180, 270)} - taken)
     may_hold = constants.VAL_RECEPTACLE_OBJECTS
@@ -139,6 +148,8 @@ def room(scene):
         at = [id_ for id_, type_ in receptacles.items() if o in may_hold.get(type_, ()) or type_ in STANDS.get(o, ())]
         if at:
             spots[o] = at
+    if tiny:
+        spots = {o: spots[o] for o in sorted(rng.sample(sorted(spots), min(TINY, len(spots))))}
     types = sorted(set(receptacles.values()))
     declared = [*(f"{id_} - receptacle" for id_ in receptacles), *(f"{loc} - location" for loc in sorted(taken)),
                 *(f"{o}Type - otype" for o in spots), *(f"{r}Type - rtype" for r in types)]
@@ -150,12 +161,12 @@ def room(scene):
 
 
 @lru_cache(None)
-def goals(scene, task_type):
+def goals(scene, task_type, tiny=False):
     """-> {object type: [receptacle types]} of the sensible tasks in a room, by the rules of the package's task generator.
 
     (gen/game_states/task_game_state.py: get_filter_crit.)
     """
-    constants, here = package().constants, room(scene)
+    constants, here = package().constants, room(scene, tiny)
     verb, tool = TOOLS.get(task_type, (None, None))
     look, two = task_type == "look_at_obj_in_light", task_type == "pick_two_obj_and_place"
     if tool and tool not in here.receptacles.values() or look and "DeskLamp" not in here.spots:
@@ -173,7 +184,7 @@ def goals(scene, task_type):
 
 # --- generated games ---------------------------------------------------------------------------------------------------
 
-def generate(split, n, seed=0):
+def generate(split, n, seed=0, tiny=False):
     """Yield n pairs (game id, decoded JSON of a game.tw-pddl) of a split: "train", "valid_seen" or "valid_unseen".
 
     train and valid_seen are games in the same rooms, valid_unseen only in UNSEEN_ROOMS. The i-th game depends on (split,
@@ -185,9 +196,9 @@ def generate(split, n, seed=0):
     rooms = {kind: [s for s in scenes if (s in UNSEEN_ROOMS) == unseen] for kind, scenes in package().constants.SCENE_TYPE.items()}
     env = AlfworldEnv()
     for i in range(n):
-        task = pick_task(random.Random(f"task {split} {seed} {i // TRIALS}"), rooms)
-        id_ = "{}-{}-None-{}-{}".format(*task) + f"/trial_G_{split}_{seed}_{i:06d}"
-        data = build(random.Random(f"game {split} {seed} {i}"), *task)
+        task = pick_task(random.Random(f"task {split} {seed} {i // TRIALS}"), rooms, tiny)
+        id_ = "{}-{}-None-{}-{}".format(*task) + f"/trial_{'T' if tiny else 'G'}_{split}_{seed}_{i:06d}"
+        data = build(random.Random(f"game {split} {seed} {i}"), *task, tiny)
         game = Game.parse(data, id_)
         data["walkthrough"] = plan(game)
         won = [env.reset(game)[1]["won"], *(env.step(command)[4]["won"] for command in data["walkthrough"])]
@@ -196,27 +207,27 @@ def generate(split, n, seed=0):
         yield id_, data
 
 
-def generated_split(split, n, seed=0):
+def generated_split(split, n, seed=0, tiny=False):
     """-> [Game]: the games of `generate`, parsed."""
-    pairs = tqdm(generate(split, n, seed), f"generate {split}", n, unit="game", leave=False, disable=None)
+    pairs = tqdm(generate(split, n, seed, tiny), f"generate {split}", n, unit="game", leave=False, disable=None)
     return [Game.parse(data, id_) for id_, data in pairs]
 
 
-def pick_task(rng, rooms):
+def pick_task(rng, rooms, tiny):
     """-> (task type, object type, receptacle type, room). rooms: {kind of room: [room]}."""
-    counts = {(task_type, kind): n for task_type, kinds in TASKS.items() for kind, n in kinds.items()}
+    counts = {(task_type, kind): n for task_type, kinds in TASKS.items() for kind, n in kinds.items() if not tiny or task_type == "pick_and_place_simple"}
     scenes = []
     while not scenes:  # the living room of valid_unseen has no desk lamp, for one
         (task_type, kind), = rng.choices(list(counts), counts.values())
-        scenes = [scene for scene in rooms[kind] if goals(scene, task_type)]
+        scenes = [scene for scene in rooms[kind] if goals(scene, task_type, tiny)]
     scene = rng.choice(scenes)
-    wanted, targets = rng.choice(list(goals(scene, task_type).items()))
+    wanted, targets = rng.choice(list(goals(scene, task_type, tiny).items()))
     return task_type, wanted, rng.choice(targets), scene
 
 
-def build(rng, task_type, wanted, target, scene):
+def build(rng, task_type, wanted, target, scene, tiny=False):
     """Fill a room with objects -> decoded JSON of a game.tw-pddl, but for the walkthrough."""
-    alfworld, here = package(), room(scene)
+    alfworld, here = package(), room(scene, tiny)
     constants = alfworld.constants
     declared, facts, used = [], [], set()
     for o, spots in here.spots.items():
@@ -227,7 +238,7 @@ def build(rng, task_type, wanted, target, scene):
             spots = [r for r in spots if here.receptacles[r] != done]
         traits = [trait.lower() for trait, types in constants.VAL_ACTION_OBJECTS.items() if o in types]
         traits += ["pickupable"] * (o not in FIXED) + ["isReceptacleObject"] * (o in constants.MOVABLE_RECEPTACLES_SET)
-        for r in rng.choices(spots, [SPACE.get(here.receptacles[r], 2) for r in spots], k=1 if o in SINGLE else n):
+        for r in rng.choices(spots, [SPACE.get(here.receptacles[r], 2) for r in spots], k=1 if tiny or o in SINGLE else n):
             (x, y, z), location = here.where[r]
             id_ = ""
             while not id_ or id_ in used:  # near its receptacle: ids, sorted, make the numbers in the names

@@ -115,11 +115,11 @@ def load_games(args, run):
     train, dev = split_dev(everything, args.dev_games)
     if not dev:
         raise UserError(f"{len(everything)} train games are too few to hold some out as dev (--n-generated, --dev-games)")
-    generated = everything[0].path is None
+    where = "alfworld" if everything[0].path else "tiny" if args.games == "tiny" else "generated"
     test, sources = {}, {"train": source}
     for split in args.test_splits:
         try:
-            test[split], sources[split] = games_for("generated" if generated else "alfworld", args.data, split, args.n_generated // 4)
+            test[split], sources[split] = games_for(where, args.data, split, args.n_generated // 4)
         except DataError:
             print(f"no games of {split}: not evaluated", file=sys.stderr)
     run.note_data(sources)

@@ -15,7 +15,7 @@ import pytest
 
 import games
 from env import TASK_TYPES, AlfworldEnv, Game
-from generate import TASKS, UNSEEN_ROOMS, DataError, package, room
+from generate import TASKS, TINY, UNSEEN_ROOMS, DataError, package, plan, room
 
 ROOT = Path(games.__file__).parent
 SPLITS = ("train", "valid_seen", "valid_unseen")
@@ -53,6 +53,17 @@ def written(tmp_path_factory):
 
 
 # --- generated games ---------------------------------------------------------------------------------------------------
+
+def test_tiny_games_are_small_and_short(no_data, capsys):
+    made, unseen = games.generated_split("train", 200, tiny=True), games.generated_split("valid_unseen", 20, tiny=True)
+    for game in (*made, *unseen):
+        assert game.task_type == "pick_and_place_simple" and len(game.names) - game.n_objects <= TINY and game.n_objects <= TINY
+        assert len(plan(game)) <= 6
+    assert {game.scene for game in unseen} <= set(UNSEEN_ROOMS) and not {game.scene for game in made} & set(UNSEEN_ROOMS)
+    chosen, words = games.games_for("tiny", None, "train", 12)
+    assert [game.id for game in chosen] == [game.id for game in made[:12]] and "12 tiny games of train" in words
+    assert not {game.id for game in chosen} & {game.id for game in games.generated_split("train", 12)}
+
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("seed", (0, 1, 2))
