@@ -262,13 +262,14 @@ class Demonstration(NamedTuple):
     won: bool
 
 
-def demonstrate(env, game, expert, rng, mistakes=0.0, max_steps=30):
+def demonstrate(env, game, expert, rng, mistakes=0.0, max_steps=30, noise=0.0):
     """Play a whole episode, cut after `max_steps` actions.
 
     With probability `mistakes` a mistake is played instead of the expert's action, perhaps with more behind it. The expert
-    goes on from what it has seen by then, which shows the recovery. `rng` is a numpy Generator.
+    goes on from what it has seen by then, which shows the recovery. With probability `noise` any admissible action is played, as if
+    it were the expert's own: a poor demonstrator. `rng` is a numpy Generator.
     """
-    first, _ = env.reset(game)
+    first, info = env.reset(game)
     expert.reset(game.task, first)
     steps, won, wrong = [], False, None  # wrong: the mistake just made
     while not won and len(steps) < max_steps:
@@ -277,7 +278,9 @@ def demonstrate(env, game, expert, rng, mistakes=0.0, max_steps=30):
             action = wrong = mistake(expert, action, wrong or action, rng)
         else:
             wrong = None
-        observation, _, won, _, _ = env.step(action)
+            if noise and rng.random() < noise:
+                action = str(rng.choice(info["admissible_commands"]))
+        observation, _, won, _, info = env.step(action)
         expert.observe(action, observation)
         steps.append(Step(action, observation, wrong is None))
     return Demonstration(game.task, first, steps, won)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from common import Parser, UserError
+from env import TASK_TYPES
 from games import GAMES
 
 SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
@@ -43,6 +44,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates; tiny: small generated ones of short tasks", choices=GAMES)
     add(g, "--n-generated", 3553, "generated train games (a quarter as many for each test split)", metavar="N")
     add(g, "--dev-games", 200, "train games held out by task folder, for every choice", metavar="N")
+    add(g, "--without", None, "leave the games of a task type out of train and dev, to see how it fares untrained", choices=TASK_TYPES)
     add(g, "--test-splits", ["valid_seen", "valid_unseen"], "splits to report on, where they exist", nargs="*", metavar="NAME")
     g = parser.add_argument_group("model")
     add(g, "--dim", 128, "width")
@@ -57,6 +59,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--sft-updates", 500, "updates at least; demonstrations are told again with other numbers")
     add(g, "--glances", 300, "updates before them on single turns of the demonstrations, for the policy to learn to look")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
+    add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
     add(g, "--sft-lr", 2.5e-3, "learning rate")
     add(g, "--sft-batch", 16, "demonstrations an update")
@@ -113,7 +116,7 @@ def parse_flags(argv=None, doc=None):
     for name in small:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
+    for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9),
                             ("delta", 0, 1), ("curiosity", 0, 1), ("reset_frac", 0, 1), ("steer", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):

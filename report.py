@@ -23,6 +23,7 @@ from common import Parser, UserError, command_line, generator, key, pick_device,
 from env import AlfworldEnv
 from eval import paired_bootstrap
 from figures import AGENT_PRM, KINDS, figures_of, percent, pi, shade, span, svg, write_png
+from flags import parse_flags
 from prm import score
 from rollout import rollout
 from runs import load_games
@@ -105,7 +106,7 @@ def success_interval(episodes):
 def play(run, args):
     """--episodes games of --split, each played once by the best policy and judged by its PRM. -> list of `told`"""
     device, here = pick_device(args.device), run.config["flags"]
-    flags = SimpleNamespace(**{**here, "data": args.data or here["data"], "test_splits": [args.split] * (args.split != "dev")})
+    flags = SimpleNamespace(**{**vars(parse_flags([])), **here, "data": args.data or here["data"], "test_splits": [args.split] * (args.split != "dev")})
     policy, tokenizer = read_model(run.path / f"iter{run.best}/policy", device)
     prm, _ = read_model(run.path / f"iter{max(1, run.best)}/prm", device, "score")  # π_0 is judged by the PRM of its own rollouts
 

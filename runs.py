@@ -112,7 +112,7 @@ class Run:
 def load_games(args, run):
     """-> .train, .dev (held out of train by task folder), .test {split: games}, .counts {game id: {base name: n}}."""
     everything, source = games_for(args.games, args.data, "train", args.n_generated)
-    train, dev = split_dev(everything, args.dev_games)
+    train, dev = ([game for game in part if game.task_type != args.without] for part in split_dev(everything, args.dev_games))
     if not dev:
         raise UserError(f"{len(everything)} train games are too few to hold some out as dev (--n-generated, --dev-games)")
     where = "alfworld" if everything[0].path else "tiny" if args.games == "tiny" else "generated"

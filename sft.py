@@ -62,15 +62,16 @@ def demonstration_tokens(demo, tokenizer, obs_weight):
     return np.array(ids), np.array(weights, np.float32)
 
 
-def demonstration(env, games, prior, number, seed, mistakes, steer=None):
+def demonstration(env, games, prior, number, seed, mistakes, steer=None, noise=0.0):
     """Demonstration `number`: a game in shuffled order (each once before any twice), played by the expert. -> (Game, Demonstration)
 
-    steer: a generator that picks a receptacle type for the expert to search first, which the task then tells (`hinted`).
+    steer: a generator that picks a receptacle type for the expert to search first, which the task then tells (`hinted`). mistakes, noise:
+    as in `demonstrate`.
     """
     lap, place = divmod(number, len(games))
     game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
     rng, first = generator(seed, "demo", number), steer and steer.choice(receptacle_types(game))
-    demo = demonstrate(env, game, Expert(prior, rng, first=first), rng, mistakes=mistakes, max_steps=env.max_steps)
+    demo = demonstrate(env, game, Expert(prior, rng, first=first), rng, mistakes=mistakes, max_steps=env.max_steps, noise=noise)
     return game, demo._replace(observation=hinted(demo.observation, first)) if first else demo
 
 
@@ -100,14 +101,14 @@ def without_hint(trajectory, tokenizer):
     return replace(trajectory, ids=np.concatenate([plain, ids[end:]]), spans=trajectory.spans + np.int32(len(plain) - end))
 
 
-def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, context=2048):
+def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, noise=0.0, context=2048):
     """The demonstrations as the rollouts of a policy would be stored, those that outgrow its context cut as there.
 
     -> [(Trajectory, taught (T,) bool: not a mistake)]
     """
     env, out = AlfworldEnv(max_steps), []
     for number in range(demos):
-        game, demo = demonstration(env, games, prior, number, seed, mistakes)
+        game, demo = demonstration(env, games, prior, number, seed, mistakes, noise=noise)
         ids, _ = demonstration_tokens(demo, tokenizer, 0)
         spans = np.stack([np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1], axis=1)  # (T, 2)
         T = int((spans[:, 0] + MAX_ACTION <= context).sum())  # actions that fit
@@ -118,7 +119,7 @@ def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_s
     return out
 
 
-def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0):
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
     steer: the share of them in which the expert follows a strategy that the prompt names.
@@ -128,7 +129,7 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
         time, place = divmod(number, demos)
         rng = generator(seed, "steer", number)
         demo = int(generator(seed, "telling", time).permutation(demos)[place])
-        game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None)
+        game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None, noise)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
         out.append((tokenizer.renumber(ids, game.counts, generator(seed, "numbers", number)), weights))
     return out
@@ -137,7 +138,7 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
 GLANCES = 40  # demonstrations a batch of glances is taken from
 
 
-def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_steps):
+def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_steps, noise=0.0):
     """Single turns of the demonstrations, up to the first `take`: <task> … <obs> what is in view <act> take it, or look elsewhere.
 
     What is usual is no help here: the wanted thing's name is exchanged for that of another, and numbers are any. Of looking
@@ -147,7 +148,7 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
     wanted = sorted({parse_task(game.task).object for game in games})
     for number in numbers:
         rng = generator(seed, "glance", number)
-        game, demo = demonstration(env, games, prior, int(rng.integers(demos)), seed, mistakes)
+        game, demo = demonstration(env, games, prior, int(rng.integers(demos)), seed, mistakes, noise=noise)
         task, _ = split_intro(demo.observation)
         mine = parse_task(task).object
         like = [name for name in wanted if len(tokenizer.instances(name)) == len(tokenizer.instances(mine))]  # the same numbers
@@ -170,13 +171,13 @@ def sft_loss(logits, targets, weights, total=None):
     return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, name="SFT", pool=8):
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0, name="SFT", pool=8):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     made = {}  # the pool of batches in use: sorted by length, so that a batch holds little padding
-    options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps)
+    options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps, noise=noise)
 
     def episodes_of(step):
         nonlocal made

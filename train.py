@@ -72,7 +72,7 @@ def supervised(args, run, games):
             policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context)).to(run.device)
             log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, lr=args.sft_lr,
                             batch=args.sft_batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
-                            steer=args.steer, state=stage.state)
+                            steer=args.steer, noise=args.demo_noise, state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
 
@@ -216,7 +216,7 @@ def reference_values(run, trajectories):
 def demonstrations(args, games, tokenizer, held=()):
     """Those that π_0 was trained on, without those of the task folders `held`. -> [(Trajectory, taught (T,) bool)]"""
     demos = expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
-                                max_steps=args.max_steps, context=args.context)
+                                max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
     return [demo for demo in demos if demo[0].game.split("/")[0] not in held]
 
 

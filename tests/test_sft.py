@@ -162,6 +162,24 @@ def test_demonstrations_are_stored_as_rollouts_with_the_mistakes_marked(context)
     assert not all(mask.all() for _, mask in stored) and (shorter > 0) == (context == 150)
 
 
+def test_a_noisy_demonstrator_acts_at_random_and_is_believed():
+    """At noise 1 all is random, in between a share; unlike mistakes it is taught, and always admissible."""
+    env, differ = AlfworldEnv(30), {}
+    for noise in (0.0, 0.5, 1.0):
+        at_random, steps = 0, 0
+        for number in range(15):
+            game, demo = demonstration(env, games(), prior(), number, 0, 0.0, noise=noise)
+            expert = Expert(prior())
+            expert.reset(game.task, demo.observation)
+            for action, observation, believed in demo.steps:
+                at_random += action != expert.act()
+                steps += 1
+                assert believed and (observation != "Nothing happens." or not noise)
+                expert.observe(action, observation)
+        differ[noise] = at_random / steps
+    assert differ[0.0] == 0 and 0.3 < differ[0.5] < 0.6 and differ[1.0] > 0.8
+
+
 # --- strategies ------------------------------------------------------------------------------------------------------------------------
 
 def test_a_demonstration_follows_the_strategy_it_is_told():

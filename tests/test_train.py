@@ -15,6 +15,7 @@ from common import UserError, read_model, save_model
 from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
+from runs import load_games
 from shards import load_trajectories, play_shards
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
@@ -326,6 +327,16 @@ def test_a_mistake_ends_the_process_with_code_2(tmp_path):
 
 
 # --- flags -------------------------------------------------------------------------------------------------------------------------
+
+def test_a_task_type_left_out_is_still_tested(tmp_path):
+    told = []
+    args = parse_flags([*TINY, "--without", "pick_heat_then_place_in_recep"])
+    games = load_games(args, SimpleNamespace(note_data=told.append))
+    types = lambda some: {game.task_type for game in some}
+    assert told and "pick_heat_then_place_in_recep" not in types(games.train) | types(games.dev)
+    assert "pick_heat_then_place_in_recep" in types(load_games(parse_flags(TINY), SimpleNamespace(note_data=told.append)).train)
+    assert types(games.train) and len(games.test["valid_seen"]) == 10
+
 
 def test_the_defaults_are_the_contracts():
     args = parse_flags([])
