@@ -119,6 +119,17 @@ def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_s
     return out
 
 
+def against_chance(trajectory, tokenizer, game, rng):
+    """At each state of an expert's episode its action against another admissible one, as pairs of `qestimate.preference_pairs`."""
+    env, pairs = AlfworldEnv(), []
+    _, info = env.reset(game)
+    for k, action in enumerate(tokenizer.actions(trajectory.ids)):
+        others = [command for command in info["admissible_commands"] if command != action]
+        pairs.append((k, np.array(tokenizer.action(others[rng.integers(len(others))]))))
+        info = env.step(action)[-1]
+    return pairs
+
+
 def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 

@@ -24,12 +24,12 @@ from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
 from inverse_prm import train_inverse_prm
 from model import Config, Transformer
-from prm import actions_of, fit_labels, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
+from prm import actions_of, fit_labels, pair_accuracy, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
 from qestimate import (held_out_check, history_keys, labels_of, preference_pairs, q_table, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
-from sft import expert_trajectories, hinted, receptacle_types, train_sft, train_tokenizer, without_hint
+from sft import against_chance, expert_trajectories, hinted, receptacle_types, train_sft, train_tokenizer, without_hint
 from shards import load_trajectories, play_shards
 from tokenizer import Tokenizer, split_intro
 
@@ -163,7 +163,16 @@ def process_reward_model(args, run, games, i, trajectories, name):
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
+                      "expert_preferred": expert_preferred(args, prm, tokenizer, games),
                       "visits": visit_statistics(table), "preferences": preference_pairs(fit, table, args.delta)[1], "log": log})
+
+
+def expert_preferred(args, prm, tokenizer, games, demos=100):
+    """How often the PRM holds an expert's action for better than another admissible one, drawn by chance, on dev games."""
+    by_id, rng = {game.id: game for game in games.dev}, generator(args.seed, "against chance")
+    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=demos, seed=args.seed, mistakes=0.0, max_steps=args.max_steps,
+                                                  context=args.context)]
+    return pair_accuracy(prm, episodes, [against_chance(t, tokenizer, by_id[t.game], rng) for t in episodes])
 
 
 def prm_names(args):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import (demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, tellings, train_sft, train_tokenizer,
+from sft import (against_chance, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, tellings, train_sft, train_tokenizer,
                  without_hint)
 from tiny import games, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
@@ -160,6 +160,18 @@ def test_demonstrations_are_stored_as_rollouts_with_the_mistakes_marked(context)
         assert t.won == (demo.won and T == len(demo.steps)) and t.truncated == (not t.won)
         shorter += T < len(demo.steps)
     assert not all(mask.all() for _, mask in stored) and (shorter > 0) == (context == 150)
+
+
+def test_each_action_of_the_expert_meets_another_admissible_one():
+    by_id, rng = {game.id: game for game in games()}, np.random.default_rng(0)
+    for t, _ in expert_trajectories(games(), prior(), tokenizer(), demos=10, seed=0, mistakes=0.0, max_steps=20):
+        pairs, env = against_chance(t, tokenizer(), by_id[t.game], rng), AlfworldEnv()
+        commands = env.reset(by_id[t.game])[1]["admissible_commands"]
+        assert [k for k, _ in pairs] == list(range(len(t)))
+        for (_, other), (start, end) in zip(pairs, t.spans):
+            action = tokenizer().decode(t.ids[start:end])
+            assert tokenizer().decode(other) in commands and tokenizer().decode(other) != action and other[-1] == END
+            commands = env.step(action)[-1]["admissible_commands"]
 
 
 def test_a_noisy_demonstrator_acts_at_random_and_is_believed():

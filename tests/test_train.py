@@ -209,6 +209,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
     assert held_out <= told["held_out"].keys() and ("bce" in told["held_out"]) == ("bt" not in flags)
+    assert 0 <= told["expert_preferred"] <= 1
     assert after.config.head == ("relative" if "bt" in flags else "score")
     changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
     assert changed == ("--ensemble" not in flags)  # the first of an ensemble is the one that would stand alone
