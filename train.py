@@ -241,6 +241,7 @@ def improve(args, run, games, i, trajectories):
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
         agree = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}[args.ensemble_by]
 
+        @torch.no_grad()
         def judge(tree):
             f = torch.stack([tree.scores(prm) for prm in prms])
             return torch.as_tensor(agree((f if relative else f.sigmoid()).cpu().numpy()))
