@@ -54,11 +54,15 @@ def states_of(trajectories):
     return [t.spans[:, 0] - 1 for t in trajectories]
 
 
+def flat(places, device):
+    """B arrays of places (n,) -> row and place of each, two (sum of n,) tensors."""
+    row = np.repeat(np.arange(len(places)), [len(p) for p in places])
+    return tuple(torch.as_tensor(a, dtype=torch.long).to(device) for a in (row, np.concatenate(places)))
+
+
 def scores_at(prm, h, places):
     """f behind the tokens at `places`, a list of B arrays (n,), of hidden states h (B, S, D). -> (sum of n,), row after row."""
-    row = np.repeat(np.arange(len(places)), [len(p) for p in places])
-    row, place = (torch.as_tensor(a, dtype=torch.long).to(h.device) for a in (row, np.concatenate(places)))
-    return prm.scores(h[row, place])
+    return prm.scores(h[flat(places, h.device)])
 
 
 def answers_of(spans):
@@ -68,9 +72,7 @@ def answers_of(spans):
 
 def answer_tokens(spans, device):
     """The same for a batch, list of (T, 2). -> row and place of every token of an answer, two (tokens,) tensors"""
-    places = [answers_of(s) for s in spans]
-    row, place = np.repeat(np.arange(len(spans)), [len(p) for p in places]), np.concatenate(places)
-    return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
+    return flat([answers_of(s) for s in spans], device)
 
 
 def answers_loss(prm, h, ids, spans, total=None):

@@ -24,7 +24,7 @@ from env import AlfworldEnv
 from eval import paired_bootstrap
 from figures import AGENT_PRM, KINDS, figures_of, percent, pi, shade, span, svg, write_png
 from flags import parse_flags
-from prm import score
+from prm import score, sigmoid
 from rollout import rollout
 from runs import load_games
 from tokenizer import split_intro
@@ -126,7 +126,7 @@ def play(run, args):
                                      max_steps=flags.max_steps), "play", len(picked), unit="episode", dynamic_ncols=True))
     trajectories.sort(key=lambda t: list(picked).index(t.game))
     judged = zip(tqdm(trajectories, "judge", unit="episode", dynamic_ncols=True), score(prm, trajectories))
-    return [told(picked[t.game], t, 1 / (1 + np.exp(-f)), policy, prm, tokenizer, flags.dpo_temperature, args.seed) for t, f in judged]
+    return [told(picked[t.game], t, sigmoid(f), policy, prm, tokenizer, flags.dpo_temperature, args.seed) for t, f in judged]
 
 
 def told(game, trajectory, q, policy, prm, tokenizer, temperature, seed):

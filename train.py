@@ -152,6 +152,7 @@ def process_reward_model(args, run, games, i, trajectories, name):
         by_id = {game.id: game for game in games.train}
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, by_id[t.game])
         table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
+        pairs, preferences = preference_pairs(fit, table, args.delta)
         prm = policy.with_score_head("relative" if args.prm_loss == "bt" else "score")
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
@@ -159,12 +160,12 @@ def process_reward_model(args, run, games, i, trajectories, name):
             log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
-            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, table), games.counts, epochs=args.prm_epochs, **options)
+            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, table, pairs), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
                       "expert_preferred": expert_preferred(args, prm, tokenizer, games),
-                      "visits": visit_statistics(table), "preferences": preference_pairs(fit, table, args.delta)[1], "log": log})
+                      "visits": visit_statistics(table), "preferences": preferences, "log": log})
 
 
 def expert_preferred(args, prm, tokenizer, games, demos=100):
@@ -180,7 +181,7 @@ def prm_names(args):
     return ["prm", *(f"prm{k}" for k in range(2, args.ensemble + 1))]
 
 
-def objective(args, run, trajectories, table):
+def objective(args, run, trajectories, table, pairs):
     """What --prm-loss, --targets, --shape-with and --curiosity ask of Q."""
     labels = labels_of(trajectories, table)
     if args.shape_with:
@@ -189,7 +190,7 @@ def objective(args, run, trajectories, table):
     if args.curiosity:
         labels = [(np.minimum(1, q_hat + args.curiosity * np.sqrt(weight)), weight) for q_hat, weight in labels]  # weight: 1 / visits
     if args.prm_loss == "bt":
-        return prefer(trajectories, preference_pairs(trajectories, table, args.delta)[0])
+        return prefer(trajectories, pairs)
     if args.prm_loss == "promise-progress":
         targets = {"mc": lambda i, M: (labels[i][0], np.diff(labels[i][0], prepend=0)),
                    "td-gae": lambda i, M: td_gae(M, 0, trajectories[i].reward, args.gamma, args.gae_lambda),  # M_{−1} cancels in Q̂_0
