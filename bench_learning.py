@@ -176,7 +176,7 @@ def bench_prm(args, row):
     labels = labels_of(trajectories, q_table(trajectories, tokenizer, 0.95))
     trajectories, labels = zip(*sorted(zip(trajectories, labels), key=lambda pair: len(pair[0].ids)))
     prm = policy.with_score_head()
-    torch.nn.init.normal_(prm.score.weight, std=0.1)
+    torch.nn.init.normal_(prm.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     total = float(sum(weight.sum() for _, weight in labels))
     cut = [(t.ids[:end], q, w) for t, (q_hat, weight) in zip(trajectories, labels) for (_, end), q, w in zip(t.spans, q_hat, weight)]
     cut.sort(key=lambda one: len(one[0]))

@@ -9,6 +9,7 @@ from games import GAMES
 
 SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
              dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
+MANY = 20_000  # rollouts an iteration, from which on one look at each is enough
 
 
 def episodes_of_each_game(args):
@@ -72,7 +73,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--gamma", 0.95, "discount")
     g = parser.add_argument_group("stage 2: PRM")
     add(g, "--prm-lr", 2e-3, "learning rate")
-    add(g, "--prm-epochs", 2.0, "passes over the labels")
+    add(g, "--prm-epochs", None, f"passes over the labels (default: 1, as in the paper; 2 of fewer than {MANY:,} rollouts)", type=float, metavar="N")
     add(g, "--prm-batch", 16, "trajectories an update")
     add(g, "--prm-obs-weight", 1.0, "weight of a second loss, on the world's answers to the actions")
     add(g, "--algo", "agentprm", "agentprm: Q from the rollouts' outcomes; inverseprm: from the demonstrations alone", choices=("agentprm", "inverseprm"))
@@ -113,6 +114,8 @@ def parse_flags(argv=None, doc=None):
     if "--smoke" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)
+    if args.prm_epochs is None:
+        args.prm_epochs = 1.0 if args.rollouts >= MANY else 2.0
     for name in small:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
