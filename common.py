@@ -77,6 +77,14 @@ def set_up_torch(threads=None):
         pass  # not glibc: nothing to tune
 
 
+def peak_memory():
+    """Bytes of memory that this process has held at most, as Linux counts them; elsewhere 0."""
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def end_with(parent):
     """Have the system kill this process when its parent ends, even by SIGKILL (Linux)."""
     try:

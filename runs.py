@@ -1,7 +1,7 @@
 """The run directory: what was asked for, what is done, what came out; everything written whole, so that a run can be killed.
 
     config.json      flags, seed, git commit, versions, data        metrics.jsonl    one line a finished stage
-    state.json       seconds by stage                               result.json      π_0 … π_N, and which is best on dev
+    state.json       time, memory by stage                             result.json      π_0 … π_N, and which is best on dev
     iter0/policy     π_0            iter<i>/policy, prm, rollouts   π_i, Q_i, rollouts of π_{i−1}
 """
 
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import UserError, key, pick_device, read_json, write_file, write_json
+from common import UserError, key, peak_memory, pick_device, read_json, write_file, write_json
 from eval import paired_bootstrap
 from games import DataError, games_for, split_dev
 from model import Config, Transformer
@@ -43,7 +43,8 @@ class Stage:
     """One stage of one iteration; `done` when its record exists. `state` is where its training keeps its place."""
 
     def __init__(self, run, name):
-        self.run, self.name, self.start = run, name, time.monotonic()
+        self.run, self.name, self.start, self.cores = run, name, time.monotonic(), sum(os.times()[:4])
+        self.workers_memory = 0  # bytes that the processes of this stage have held at most
         self.record, self.state = run.path / f"{name}.json", run.path / f"{name}.state.safetensors"
         self.done = first_says(self.record.exists())
         if self.done and rank() == 0:
@@ -86,7 +87,8 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it is added up in state.json over all sittings. Ranks begin and end it together."""
+        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory
+        is kept that this process and its workers have held. Ranks begin and end it together; what is kept is the first one's."""
         stage = Stage(self, name)
         try:
             yield stage
@@ -94,8 +96,10 @@ class Run:
         finally:
             if not stage.done and rank() == 0:
                 file = self.path / "state.json"
-                state = read_json(file) if file.exists() else {"last": None, "seconds": {}}
-                state["seconds"][name] = round(state["seconds"].get(name, 0) + time.monotonic() - stage.start, 2)
+                state = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
+                for kind, spent in (("seconds", time.monotonic() - stage.start), ("core_seconds", sum(os.times()[:4]) - stage.cores)):
+                    state[kind][name] = round(state[kind].get(name, 0) + spent, 2)
+                state["peak_mb"][name] = max(state["peak_mb"].get(name, 0), round((peak_memory() + stage.workers_memory) / 1e6))
                 state["last"] = name if stage.record.exists() else state["last"]
                 write_json(file, state)
 

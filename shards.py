@@ -13,24 +13,24 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from common import UserError, end_with, read_model, set_up_torch, write_file
+from common import UserError, end_with, peak_memory, read_model, set_up_torch, write_file
 from rollout import Trajectory, rollout
 
 
 def play_shards(shards, folder, device, workers, **options):
     """Play each shard [(file, episodes)] that is not on disk yet with the policy in `folder`, in `workers` processes of one thread each.
 
-    Yields, many times, how many episodes have ended and been won so far. A shard is the same whoever plays it, and whenever:
+    Yields, many times, how many episodes have ended and been won so far, and the bytes of memory that the processes have held at most. A shard is the same whoever plays it, and whenever:
     one thread, its own batch, randomness by name. UserError if a process dies.
     """
     missing = [shard for shard in shards if not shard[0].exists()]
-    ended = [sum(len(episodes) for file, episodes in shards if file.exists()), 0]
+    ended = [sum(len(episodes) for file, episodes in shards if file.exists()), 0, 0]
     ended[1] = sum(t.won for file, _ in shards if file.exists() for t in load_trajectories(file))
     yield ended
     workers = min(workers, len(missing))
     if workers > 1:
         context = get_context("spawn")
-        counters = [context.Array("q", 2, lock=False) for _ in range(workers)]
+        counters = [context.Array("q", 3, lock=False) for _ in range(workers)]
         processes = [context.Process(target=play_in_process, args=(os.getpid(), missing[w::workers], folder, device, counters[w], options), daemon=True)
                      for w in range(workers)]
         try:
@@ -38,10 +38,10 @@ def play_shards(shards, folder, device, workers, **options):
                 process.start()
             while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
                 processes[0].join(0.2)
-                yield [ended[k] + sum(counter[k] for counter in counters) for k in (0, 1)]
+                yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
             if any(process.exitcode for process in processes):
                 raise UserError("a process that played rollouts has died; the same command continues from the last whole shard")
-            yield [ended[k] + sum(counter[k] for counter in counters) for k in (0, 1)]
+            yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
         finally:
             for process in processes:
                 process.kill()
@@ -50,7 +50,7 @@ def play_shards(shards, folder, device, workers, **options):
         torch.set_num_threads(1)
         try:
             for won in play(missing, folder, device, options):
-                ended = [ended[0] + 1, ended[1] + won]
+                ended = [ended[0] + 1, ended[1] + won, 0]
                 yield ended
         finally:
             torch.set_num_threads(threads)
@@ -75,6 +75,7 @@ def play_in_process(parent, shards, folder, device, counter, options):
     for won in play(shards, folder, device, options):
         counter[0] += 1
         counter[1] += won
+        counter[2] = peak_memory()
 
 
 PER_ACTION = ("spans", "logp", "forced", "inadmissible")

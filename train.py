@@ -93,7 +93,7 @@ def roll_out(args, run, games, i):
                   for n, start in enumerate(range(0, len(todo), args.shard))]
         if not ranks.first_says(all(file.exists() for file, _ in shards)):
             with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
-                for ended, won in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
+                for ended, won, stage.workers_memory in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
                                               seed=key(f"rollouts {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
                     bar.update(ended - bar.n)
                     bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)

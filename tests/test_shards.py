@@ -46,11 +46,11 @@ def test_a_shard_is_the_same_whoever_plays_it(saved, tmp_path):
     """One process or two, with one thread or two, some shards there already."""
     for name, workers in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        *_, (ended, won) = play_shards(shards(tmp_path / name), saved, "cpu", workers, **OPTIONS)
-        assert ended == 15
+        *_, (ended, won, memory) = play_shards(shards(tmp_path / name), saved, "cpu", workers, **OPTIONS)
+        assert ended == 15 and (memory > 2 * 10 ** 8) == (workers > 1)  # of two processes with torch in them
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     before = contents(tmp_path / "one")
-    assert list(play_shards(shards(tmp_path / "one"), saved, "cpu", 2, **OPTIONS)) == [[15, won]]  # nothing to do
+    assert list(play_shards(shards(tmp_path / "one"), saved, "cpu", 2, **OPTIONS)) == [[15, won, 0]]  # nothing to do
     (tmp_path / "one/1.safetensors").unlink()
     torch.set_num_threads(2)
     try:
@@ -58,7 +58,7 @@ def test_a_shard_is_the_same_whoever_plays_it(saved, tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert first[0] == 10 and last == [15, won] and contents(tmp_path / "one") == before
+    assert first[0] == 10 and last == [15, won, 0] and contents(tmp_path / "one") == before
 
 
 def test_a_process_that_dies_ends_the_job(saved, tmp_path, monkeypatch):

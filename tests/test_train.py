@@ -63,7 +63,9 @@ def test_every_stage_leaves_its_record(run):
     stages = {line["stage"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     expected = {"iter0/sft"} | {f"iter{i}/{stage}" for i in (1, 2) for stage in ("rollouts", "prm", "dpo")} | {
         f"iter{i}/eval-{split}" for i in range(3) for split in ("dev", "valid_seen")}
-    assert stages.keys() == expected == read(folder / "state.json")["seconds"].keys()
+    spent = read(folder / "state.json")
+    assert stages.keys() == expected == spent["seconds"].keys() == spent["core_seconds"].keys() == spent["peak_mb"].keys()
+    assert all(100 < mb < 10_000 for mb in spent["peak_mb"].values()) and spent["core_seconds"]["iter1/rollouts"] > 0
     assert not list(folder.rglob("*.state.safetensors")) and not list(folder.rglob("*.tmp"))
     config = read(folder / "config.json")
     assert config["flags"]["beta"] == 0.03 and config["flags"]["iters"] == 2 and {"python", "torch", "alfworld"} <= config["versions"].keys()
