@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from common import generator, key, optimise, pad
-from qestimate import returns
 from ranks import mine, summed
 from tree import Tree, distinct, propose
 
@@ -35,36 +34,6 @@ def imitation_loss(policy, h, ids, weights, total=None):
     return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
-def before(q):
-    """V(s_t) of a rollout, (T,): Q of the action before, of the first action itself; q (T,): the PRM's Q of its actions."""
-    return np.concatenate([q[:1], q[:-1]])
-
-
-def better_than_expected(trajectory, V, gamma):
-    """How much better a won rollout went than its states' values V (T,), max(0, G_t − V(s_t)), (T,): self-imitation (Oh et al. 2018,
-    eq. 2). Lost rollouts give nothing.
-    """
-    return trajectory.won * np.maximum(0, returns(trajectory, gamma) - V)
-
-
-def progress(trajectory, q):
-    """What each action added to the PRM's promise, max(0, M_t − M_{t−1}), (T,), of any rollout, won or not (P2); the first nothing."""
-    return np.maximum(0, q - before(q))
-
-
-def imitated(trajectory, gain, obs_weight):
-    """How much each token of a rollout is imitated, (L,) float32.
-
-    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions.
-    """
-    weights = np.zeros(len(trajectory.ids), np.float32)
-    gain = gain * ~trajectory.inadmissible
-    weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
-    for (start, end), weight in zip(trajectory.spans, gain):
-        weights[start:end] = weight
-    return weights
-
-
 def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
                trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, watch=None, renumber=True, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
@@ -72,7 +41,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
-    (`imitated`); it comes out of the same pass. `watch`: as in `optimise`.
+    (credit.py); it comes out of the same pass. `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device

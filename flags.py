@@ -104,7 +104,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
     add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not "
-        "(default: win, for inverseprm progress)", choices=("win", "progress"))
+        "(default: win; inverseprm imitates what its reward takes for the expert's)", choices=("win", "progress"))
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
     g = parser.add_argument_group("evaluation")
@@ -136,10 +136,9 @@ def parse_flags(argv=None, doc=None):
         raise UserError(f"--shape-with {args.shape_with}: no PRM there; name an iteration of a run, such as runs/default/iter3")
     if args.targets != "mc" and args.prm_loss != "promise-progress":
         raise UserError(f"--targets {args.targets}: labels that bootstrap are for --prm-loss promise-progress")
-    if args.imitate_by is None:
-        args.imitate_by = "progress" if inverse else "win"
-    if inverse and args.imitate_by == "win":
-        raise UserError("--imitate-by win reads outcomes, which --algo inverseprm does without: progress")
+    if inverse and args.imitate_by:
+        raise UserError(f"--imitate-by {args.imitate_by}: --algo inverseprm imitates what its reward takes for the expert's")
+    args.imitate_by = args.imitate_by or ("expert" if inverse else "win")
     if bt and args.imitate_by == "progress":
         raise UserError("--imitate-by progress compares values of different states, which --prm-loss bt leaves open: win")
     if args.proposals < 2:

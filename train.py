@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import ranks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
-from dpo import before, better_than_expected, imitated, online_dpo, progress
+from credit import TOGETHER, before, better_than_expected, imitated, judged_by, like_the_expert, opinions, progress
+from dpo import online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
@@ -238,34 +238,33 @@ def improve(args, run, games, i, trajectories):
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prms = [read_model(run.path / f"iter{i}/{name}", run.device, "score")[0] for name in prm_names(args)]
-        relative = prms[0].config.head == "relative"
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
-        agree = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}[args.ensemble_by]
-
-        @torch.no_grad()
-        def judge(tree):
-            f = torch.stack([tree.scores(prm) for prm in prms])
-            return torch.as_tensor(agree((f if relative else f.sigmoid()).cpu().numpy()))
-
-        def q_of(some):
-            return [agree(np.stack(opinions)) for opinions in zip(*(map(sigmoid, score(prm, some)) for prm in prms))]
+        together = TOGETHER[args.ensemble_by]
 
         def weigh(some):
-            if args.imitate_by == "progress":
-                gains = [progress(t, q) for t, q in zip(some, q_of(some))]
+            """What of the rollouts is imitated, token by token."""
+            if args.imitate_by == "expert":
+                gains = [like_the_expert(t, together(np.stack(f)), args.gamma, args.hide_ends) for t, *f in zip(some, *(score(prm, some) for prm in prms))]
+            elif args.imitate_by == "progress":
+                gains = [progress(t, together(q)) for t, q in zip(some, opinions(prms, some))]
             else:
-                V = reference_values(run, some) if args.shape_with else [np.zeros(len(t)) for t in some] if relative else map(before, q_of(some))
-                gains = [better_than_expected(t, v, args.gamma) for t, v in zip(some, V)]
+                if args.shape_with:
+                    values = reference_values(run, some)
+                elif prms[0].config.head == "relative":  # says nothing about states
+                    values = [np.zeros(len(t)) for t in some]
+                else:
+                    values = [before(together(q)) for q in opinions(prms, some)]
+                gains = [better_than_expected(t, V, args.gamma) for t, V in zip(some, values)]
             return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
 
         def watch():
             """Does Q still mean success? Both, on the dev games, of the policy as it is now."""
             played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed))
-            opinions = np.stack([np.concatenate(list(map(sigmoid, score(prm, played)))) for prm in prms])
+            q = np.concatenate(opinions(prms, played), axis=1)  # (K, actions)
             return {"true/success": float(np.mean([t.won for t in played])), "true/actions": float(np.mean([len(t) for t in played])),
-                    "prm/q": float(agree(opinions).mean()), "prm/disagreement": float(opinions.std(0).mean())}
+                    "prm/q": float(together(q).mean()), "prm/disagreement": float(q.std(0).mean())}
 
-        log = online_dpo(policy, reference, judge, tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
+        log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
                          imitate=args.imitate, weigh=weigh, watch=watch if args.track_hacking else None, name=f"DPO {i}")

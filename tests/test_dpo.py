@@ -9,7 +9,8 @@ import torch
 
 import dpo
 from common import pad, save_model
-from dpo import before, better_than_expected, dpo_loss, imitated, imitation_loss, online_dpo, progress
+from credit import before, better_than_expected, imitated, like_the_expert, progress
+from dpo import dpo_loss, imitation_loss, online_dpo
 from sft import sft_loss
 from tiny import counts, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
@@ -196,6 +197,21 @@ def test_progress_is_what_an_action_added_and_reads_no_outcome():
         other.won, other.reward = not t.won, 1 - t.reward
         assert (imitated(other, progress(other, q), 0.3) == weights).all()
         assert [weights[start] for start, _ in t.spans] == [pytest.approx(e * (not bad)) for e, bad in zip(expected, t.inadmissible)]
+
+
+@pytest.mark.parametrize("hide_ends", (False, True))
+def test_what_looks_like_the_expert_is_told_by_the_reward_alone(hide_ends):
+    """σ(f − γ f'), f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no worth."""
+    seen = set()
+    for t in (*played(), *expert_trajectories()[:10]):
+        f = np.random.default_rng(0).normal(size=len(t)) * 3
+        expected = [1 / (1 + np.exp(-(f[k] - 0.9 * f[k + 1]))) for k in range(len(t) - 1)] + [0 if t.truncated or hide_ends else 1 / (1 + np.exp(-f[-1]))]
+        np.testing.assert_allclose(like_the_expert(t, f, 0.9, hide_ends), expected)
+        other = copy.copy(t)
+        other.won, other.reward = not t.won, 1 - t.reward
+        assert (like_the_expert(other, f, 0.9, hide_ends) == like_the_expert(t, f, 0.9, hide_ends)).all()
+        seen.add(t.truncated)
+    assert seen == {True, False}
 
 
 def test_the_imitation_loss_is_sfts_with_branches_or_without():

@@ -1,0 +1,68 @@
+"""What stage 3 learns from: the PRMs' judgement of proposed actions, and what the rollouts' own actions are worth imitating.
+
+Several PRMs (`--ensemble`) judge together: their opinions are averaged, or the least hopeful one counts.
+"""
+
+import numpy as np
+import torch
+
+from inverse_prm import transitions
+from prm import score, sigmoid
+from qestimate import returns
+
+TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}  # (K, …) -> (…)
+
+
+def judged_by(prms, how):
+    """The score that `online_dpo` asks for: Tree -> (branches,), Q of each proposal, or f of PRMs that compare actions of one state only."""
+    @torch.no_grad()
+    def judge(tree):
+        f = torch.stack([tree.scores(prm) for prm in prms])
+        return torch.as_tensor(TOGETHER[how]((f if prms[0].config.head == "relative" else f.sigmoid()).cpu().numpy()))
+
+    return judge
+
+
+def opinions(prms, trajectories):
+    """Q of every action by every PRM: for each trajectory (K, T)."""
+    return [np.stack(of_one) for of_one in zip(*(map(sigmoid, score(prm, trajectories)) for prm in prms))]
+
+
+def before(q):
+    """V(s_t) of a rollout, (T,): Q of the action before, of the first action itself; q (T,): the PRM's Q of its actions."""
+    return np.concatenate([q[:1], q[:-1]])
+
+
+def better_than_expected(trajectory, V, gamma):
+    """How much better a won rollout went than its states' values V (T,), max(0, G_t − V(s_t)), (T,): self-imitation (Oh et al. 2018,
+    eq. 2). Lost rollouts give nothing.
+    """
+    return trajectory.won * np.maximum(0, returns(trajectory, gamma) - V)
+
+
+def progress(trajectory, q):
+    """What each action added to the PRM's promise, max(0, M_t − M_{t−1}), (T,), of any rollout, won or not (P2); the first nothing."""
+    return np.maximum(0, q - before(q))
+
+
+def like_the_expert(trajectory, f, gamma, hide_ends=False):
+    """The chance that each transition of a rollout is the expert's, σ(r), r = f(s, a) − γ f(s', a') being the reward that InversePRM has
+    learned; f (T,): its scores. What makes no transition (see `transitions`) gets 0. -> (T,)
+    """
+    actions, ended = transitions(trajectory, hide_ends=hide_ends)
+    chance = np.zeros(len(trajectory))
+    chance[actions] = sigmoid((f - gamma * np.append(f[1:], 0))[actions])
+    return chance
+
+
+def imitated(trajectory, gain, obs_weight):
+    """How much each token of a rollout is imitated, (L,) float32.
+
+    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions.
+    """
+    weights = np.zeros(len(trajectory.ids), np.float32)
+    gain = gain * ~trajectory.inadmissible
+    weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
+    for (start, end), weight in zip(trajectory.spans, gain):
+        weights[start:end] = weight
+    return weights
