@@ -25,7 +25,7 @@ def parse_flags(argv=None, doc=None):
     def add(group, flag, default, help, **kw):
         if type(default) in (int, float) and "type" not in kw:
             kw["type"] = type(default)
-        if kw.get("type", type(default)) is int and flag not in ("--seed", "--glances"):
+        if kw.get("type", type(default)) is int and flag not in ("--seed", "--glances", "--forks"):
             small.append(flag[2:].replace("-", "_"))
         group.add_argument(flag, default=default, help=help, **kw)
 
@@ -71,6 +71,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--slots", None, "episodes in flight at once in a process (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
     add(g, "--shard", 1000, "episodes a shard, the unit of resuming")
     add(g, "--gamma", 0.95, "discount")
+    add(g, "--forks", 0, "rollouts forked behind every action of every rollout, whose returns make its label (the second paper's baseline); 0: none", metavar="K")
     g = parser.add_argument_group("stage 2: PRM")
     add(g, "--prm-lr", 2e-3, "learning rate")
     add(g, "--prm-epochs", None, f"passes over the labels (default: 1, as in the paper; 2 of fewer than {MANY:,} rollouts)", type=float, metavar="N")
@@ -120,7 +121,7 @@ def parse_flags(argv=None, doc=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
-                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("prm_epochs", 1e-9, 1e9),
+                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("forks", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9),
                             ("delta", 0, 1), ("curiosity", 0, 1), ("reset_frac", 0, 1), ("steer", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
@@ -128,10 +129,12 @@ def parse_flags(argv=None, doc=None):
     if args.rollouts <= episodes_of_each_game(args):
         raise UserError(f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels")
     inverse, bt = args.algo == "inverseprm", args.prm_loss == "bt"
-    if (args.shape_with or args.curiosity) and (inverse or bt or args.targets != "mc"):
-        raise UserError("--shape-with and --curiosity change Monte Carlo labels: neither --algo inverseprm nor --prm-loss bt nor --targets td-gae has any")
+    if (args.shape_with or args.curiosity or args.forks) and (inverse or bt or args.targets != "mc"):
+        raise UserError("--shape-with, --curiosity and --forks change Monte Carlo labels: neither --algo inverseprm nor --prm-loss bt nor --targets td-gae has any")
     if inverse and args.prm_loss != "bce":
         raise UserError(f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own")
+    if args.forks and (args.shape_with or args.curiosity or args.state == "world"):
+        raise UserError("--forks makes the labels of single rollouts: not with --shape-with, --curiosity or --state world")
     if args.shape_with and not Path(args.shape_with, "prm/config.json").exists():
         raise UserError(f"--shape-with {args.shape_with}: no PRM there; name an iteration of a run, such as runs/default/iter3")
     if args.targets != "mc" and args.prm_loss != "promise-progress":

@@ -97,6 +97,26 @@ def state_labels(trajectories, table):
     return labels_of(trajectories, {"q_hat": value[inverse], "count": count[inverse]})
 
 
+def forks_of(trajectories, K):
+    """Where rollouts fork from every step: (number of the trajectory, of the action behind which they begin), K times each.
+
+    Not behind the last action: nothing is left to be sampled there.
+    """
+    return [(i, k) for i, t in enumerate(trajectories) for k in range(len(t) - 1) for _ in range(K)]
+
+
+def forked(trajectories, forks, K, gamma, max_steps):
+    """Labels by Monte Carlo from every step: Q̂(s_t, a_t) = mean return of K rollouts forked behind a_t and of the trajectory itself.
+
+    forks: the rollouts, in the order of `forks_of`; what a fork wins after `max_steps` actions in all does not count. -> as
+    `labels_of`, every action weighing one
+    """
+    q_hat = [returns(t, gamma) for t in trajectories]
+    for (i, k), fork in zip(forks_of(trajectories, K), forks, strict=True):
+        q_hat[i][k] += gamma * returns(fork, gamma)[0] * (k + 1 + len(fork) <= max_steps)
+    return [((q / np.append(np.full(len(q) - 1, K + 1), 1)).astype(np.float32), np.ones(len(q), np.float32)) for q in q_hat]
+
+
 def shaped(q_hat, V, gamma, how):
     """Process reward shaping by the values V (T,) that a reference policy has at the states of a rollout (P1, process reward shaping).
 
@@ -147,12 +167,12 @@ def visit_statistics(table):
             "label_variance_where_revisited": float((spread ** 2).mean()) if again.any() else None}
 
 
-def held_out_check(trajectories, tokenizer, gamma):
-    """Is Q̂ worth learning? Correlate Q̂ from every other rollout with the returns of the others, where both pass (s, a).
+def held_out_check(trajectories, tokenizer, gamma, keys=history_keys):
+    """Is Q̂ worth learning? Correlate Q̂ from every other rollout with the returns of the others, where both pass (s, a), told apart by `keys`.
 
     -> {"pairs", "pearson"}; pearson is None where too few pairs are shared.
     """
-    halves = [q_table(part, tokenizer, gamma) if part else None for part in (trajectories[0::2], trajectories[1::2])]
+    halves = [q_table(part, tokenizer, gamma, keys) if part else None for part in (trajectories[0::2], trajectories[1::2])]
     if None in halves:
         return {"pairs": 0, "pearson": None}
     known = dict(zip(halves[0]["pair"].tolist(), halves[0]["q_hat"]))

@@ -127,8 +127,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
 
 
 def prompt_of(game, episode, begun=None):
-    """What to know an episode's prompt by: rollouts that begin at the start of a game share it."""
-    return (game.id,) if begun is None else (game.id, episode)
+    """What to know an episode's prompt by: rollouts that begin at the start of a game share it, and those that fork at one state."""
+    return (game.id,) if begun is None else (game.id, begun.tobytes())
 
 
 def begin(kind, env, tokenizer, context, game, episode, begun=None):

@@ -25,7 +25,7 @@ from flags import episodes_of_each_game, parse_flags
 from inverse_prm import train_inverse_prm
 from model import Config, Transformer
 from prm import actions_of, fit_labels, pair_accuracy, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
-from qestimate import (held_out_check, history_keys, labels_of, preference_pairs, q_table, sarsa, shaped, squashed, state_labels, td_gae,
+from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
@@ -46,6 +46,8 @@ def main():
         reference_value(args, run, games)
     for i in range(1, args.iters + 1):
         trajectories = roll_out(args, run, games, i)
+        if args.forks:
+            fork(args, run, games, i, trajectories)
         for name in prm_names(args):
             process_reward_model(args, run, games, i, trajectories, name)
         improve(args, run, games, i, trajectories)
@@ -89,23 +91,49 @@ def roll_out(args, run, games, i):
                 for g in range(-(-args.rollouts // each)) for k in range(each)][:args.rollouts]
         if args.reset_frac or args.steer:
             todo = explore(args, run, games, i, todo)
-        shards = [(run.path / f"iter{i}/rollouts/{n:05d}.safetensors", todo[start:start + args.shard])
-                  for n, start in enumerate(range(0, len(todo), args.shard))]
-        if not ranks.first_says(all(file.exists() for file, _ in shards)):
-            with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"rollouts {i}", unit="episode", dynamic_ncols=True) as bar:
-                for ended, won, stage.workers_memory in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
-                                              seed=key(f"rollouts {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
-                    bar.update(ended - bar.n)
-                    bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
-        ranks.wait()
+        play_episodes(args, run, stage, i, "rollouts", todo)
         trajectories = stored_rollouts(args, run, i)
         if not stage.done:
             actions = sum(map(len, trajectories))
             plain = [t.won for t in trajectories if t.episode < FROM_DEMONSTRATION]
             stage.finish({"episodes": len(trajectories), "success": sum(plain) / len(plain) if plain else None, "begun_in_demonstrations": len(trajectories) - len(plain),
-                          "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
+                          "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions), "sampled_tokens": sampled_tokens(trajectories),
                           "q_hat_check": held_out_check(trajectories, Tokenizer.load(run.path / f"iter{i - 1}/policy"), args.gamma)})
         return trajectories
+
+
+def play_episodes(args, run, stage, i, name, todo):
+    """Play the episodes `todo` with π_{i−1}, in shards that lie in iter<i>/<name>."""
+    shards = [(run.path / f"iter{i}/{name}/{n:05d}.safetensors", todo[start:start + args.shard]) for n, start in enumerate(range(0, len(todo), args.shard))]
+    if not ranks.first_says(all(file.exists() for file, _ in shards)):
+        with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"{name} {i}", unit="episode", dynamic_ncols=True) as bar:
+            for ended, won, stage.workers_memory in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
+                                                                seed=key(f"{name} {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
+                bar.update(ended - bar.n)
+                bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
+    ranks.wait()
+
+
+def sampled_tokens(trajectories):
+    """What a policy had to write for them."""
+    return int(sum(np.diff(t.spans).sum() for t in trajectories))
+
+
+def fork(args, run, games, i, trajectories):
+    """Stage 1b with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
+    with run.stage(f"iter{i}/forks") as stage:
+        by_id = {game.id: game for game in games.train}
+        todo = [(by_id[t.game], n, t.ids[:t.spans[k + 1, 0]])
+                for n, (t, k) in enumerate((trajectories[j], k) for j, k in forks_of(trajectories, args.forks))]
+        play_episodes(args, run, stage, i, "forks", todo)
+        if not stage.done:
+            forks = forks_in(run, i)
+            stage.finish({"episodes": len(forks), "success": float(np.mean([t.won for t in forks])), "sampled_tokens": sampled_tokens(forks)})
+
+
+def forks_in(run, i):
+    """The forks of an iteration, in the order of `forks_of`."""
+    return sorted(rollouts_in(run.path / f"iter{i}", "forks"), key=lambda t: t.episode)
 
 
 def explore(args, run, games, i, todo):
@@ -134,9 +162,9 @@ def stored_rollouts(args, run, i):
     return [without_hint(t, tokenizer) for t in trajectories]
 
 
-def rollouts_in(folder):
+def rollouts_in(folder, name="rollouts"):
     """All rollouts of an iteration's folder."""
-    return [t for file in sorted(Path(folder).glob("rollouts/*.safetensors")) for t in load_trajectories(file)]
+    return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
 
 
 def process_reward_model(args, run, games, i, trajectories, name):
@@ -160,7 +188,10 @@ def process_reward_model(args, run, games, i, trajectories, name):
             log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
-            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, table, pairs), games.counts, epochs=args.prm_epochs, **options)
+            labels = labels_of(fit, table)
+            if args.forks:
+                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma, args.max_steps)) if t.game.split("/")[0] not in held]
+            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
@@ -181,9 +212,8 @@ def prm_names(args):
     return ["prm", *(f"prm{k}" for k in range(2, args.ensemble + 1))]
 
 
-def objective(args, run, trajectories, table, pairs):
-    """What --prm-loss, --targets, --shape-with and --curiosity ask of Q."""
-    labels = labels_of(trajectories, table)
+def objective(args, run, trajectories, labels, pairs):
+    """What --prm-loss, --targets, --shape-with and --curiosity ask of Q, with Monte Carlo labels or preferences at hand."""
     if args.shape_with:
         q_hat = squashed(np.concatenate([shaped(q, V, args.gamma, args.shape) for (q, _), V in zip(labels, reference_values(run, trajectories))]))
         labels = list(zip(np.split(q_hat.astype(np.float32), np.cumsum([len(t) for t in trajectories])[:-1]), [weight for _, weight in labels]))

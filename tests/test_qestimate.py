@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from env import AlfworldEnv
-from qestimate import (held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels,
+from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels,
                        td_gae, visit_statistics, world_keys)
 from rollout import Trajectory
 from tiny import expert_trajectories, games, played, tokenizer
@@ -230,3 +230,27 @@ def test_pearson():
     x = np.random.default_rng(0).normal(size=50)
     assert pearson(x, 3 - 2 * x) == pytest.approx(-1) and pearson(x, x + 1) == pytest.approx(1)
     assert pearson(x, np.ones(50)) is None and pearson([1.0], [2.0]) is None
+
+
+# --- rollouts forked from every step ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", (1, 3))
+def test_forked_labels_are_means_over_all_that_was_played_behind_an_action(K):
+    rng = random.Random(K)
+    trajectories, most = random_trajectories(4), 5
+    at = forks_of(trajectories, K)
+    assert len(at) == K * sum(len(t) - 1 for t in trajectories) and all(k + 1 < len(trajectories[i]) for i, k in at)
+    forks = rng.choices(random_trajectories(5), k=len(at))
+    seen = {(i, k): [GAMMA ** (len(t) - 1 - k) * t.reward] for i, t in enumerate(trajectories) for k in range(len(t))}
+    late = 0
+    for (i, k), fork in zip(at, forks):
+        actions = k + 1 + len(fork)
+        late += fork.won and actions > most
+        seen[i, k].append(GAMMA ** (actions - 1 - k) * fork.won * (actions <= most))
+    labels = forked(trajectories, forks, K, GAMMA, most)
+    assert late
+    for i, (t, (q_hat, weight)) in enumerate(zip(trajectories, labels, strict=True)):
+        np.testing.assert_allclose(q_hat, [np.mean(seen[i, k]) for k in range(len(t))], rtol=1e-6)
+        assert (weight == 1).all()
+    with pytest.raises(ValueError):
+        forked(trajectories, forks[1:], K, GAMMA, most)

@@ -20,7 +20,7 @@ from shards import load_trajectories, play_shards
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
-from train import stored_rollouts
+from train import rollouts_in, stored_rollouts
 from tree import Tree
 
 
@@ -190,6 +190,18 @@ def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders
     assert objective.loss(best, range(len(fit)), sum(objective.weights))[1]["excess"][0] == pytest.approx(0, abs=1e-5)  # as good as these labels allow
 
 
+def assert_forked(folder, trajectories, forks):
+    """Two forks behind every action but the last, that go on from what was said by then, each in its own way."""
+    at = [(t, k) for t in trajectories for k in range(len(t) - 1) for _ in range(2)]
+    assert len(at) == len(forks) == read(folder / "iter1/forks.json")["episodes"]
+    differ = 0
+    for n, ((t, k), fork) in enumerate(zip(at, forks)):
+        begun = t.spans[k + 1, 0]
+        assert fork.game == t.game and fork.spans[0, 0] == begun and (fork.ids[:begun] == t.ids[:begun]).all()
+        differ += n % 2 and not np.array_equal(fork.ids, forks[n - 1].ids)
+    assert differ > len(at) / 8
+
+
 @pytest.mark.parametrize("flags", (
     ("--algo", "inverseprm", "--inverse-updates", "3"),
     ("--algo", "inverseprm", "--inverse-updates", "3", "--hide-ends"),
@@ -199,6 +211,7 @@ def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders
     ("--state", "world", "--curiosity", "0.1"),
     ("--ensemble", "2", "--ensemble-by", "min", "--track-hacking"),
     ("--shape-with", "RUN/iter2"),
+    ("--forks", "2"),
 ), ids=" ".join)
 def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys, flags):
     """From stage 2 of the first iteration on, on the rollouts of a finished run."""
@@ -214,12 +227,15 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     assert 0 <= told["expert_preferred"] <= 1
     assert after.config.head == ("relative" if "bt" in flags else "score")
     changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
-    assert changed == ("--ensemble" not in flags)  # the first of an ensemble is the one that would stand alone
+    lost = "--forks" in flags and not read(folder / "iter1/forks.json")["success"]  # forked or not, nothing was won
+    assert changed == ("--ensemble" not in flags and not lost)  # the first of an ensemble is the one that would stand alone
     if "--ensemble" in flags:
         other = read_model(folder / "iter1/prm2", head="score")[0]
         assert not same(after, other) and (folder / "iter1/prm2.json").exists()
         log = read(folder / "iter1/dpo.json")["log"]
         assert all(0 <= entry["true/success"] <= 1 and 0 < entry["prm/q"] < 1 and entry["prm/disagreement"] > 0 for entry in log)
+    if "--forks" in flags:
+        assert_forked(folder, rollouts_in(folder / "iter1"), sorted(rollouts_in(folder / "iter1", "forks"), key=lambda t: t.episode))
     if "--shape-with" in flags:
         assert (folder / "iter0/value/config.json").exists()
 
@@ -317,6 +333,8 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
     (("--shape-with", "/nowhere"), ("/nowhere",)),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
+    (("--forks", "2", "--prm-loss", "bt"), ("--forks",)),
+    (("--forks", "2", "--state", "world"), ("--forks", "world")),
     (("--init", "/nowhere"), ("/nowhere", "no model there")),
     (("--out", str(ROOT / "train.py")), ("train.py",)),
 ))

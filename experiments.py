@@ -1,0 +1,232 @@
+"""The ablations of the README, each a run of train.py with some more flags from the same π_0, and their table.
+
+    python experiments.py                                        # what there is, and the flags of each
+    python experiments.py plain bt td-gae --seeds 0,1,2          # run what is missing, print the rows
+    python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
+
+A run lives in runs/experiments/SEED/NAME, is resumed where it stopped, and can be opened with report.py and curves.py.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import Parser, UserError, command_line, pad, read_json, read_model, set_up_torch
+from curves import whole_numbers
+from expert import fit_prior
+from games import games_for, split_dev
+from qestimate import held_out_check, history_keys, q_table, visit_statistics, world_keys
+from rollout import action_logprobs, rollout
+from sft import expert_trajectories
+
+ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed} is the folder of the seed's runs
+    "plain": "",
+    "three": "--iters 3",
+    "ref-init": "--iters 3 --ref init",
+    "imitation-alone": "--min-gap 1",
+    "dpo-alone": "--imitate 0 --dpo-lr 3e-5",
+    "last-states": "--iters 3 --states-of last",
+    "longer-sft": "--sft-updates 1281 --rollouts 64 --pairs 16",
+    "inverse": "--algo inverseprm --iters 2",
+    "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
+    "bt": "--prm-loss bt",
+    "promise-mc": "--prm-loss promise-progress",
+    "promise-td": "--prm-loss promise-progress --targets td-gae",
+    "promise-td-1": "--prm-loss promise-progress --targets td-gae --gamma 1",
+    "promise-sarsa": "--prm-loss promise-progress --targets sarsa",
+    "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
+    "reset": "--reset-frac 0.5",
+    "steer": "--steer 0.5",
+    "shape": "--shape-with {seed}/three/iter3",
+    "shape-potential": "--shape-with {seed}/three/iter3 --shape potential",
+    "world": "--state world",
+    "curiosity": "--curiosity 0.1",
+    "ensemble": "--ensemble 3",
+    "ensemble-min": "--ensemble 3 --ensemble-by min",
+    "without-heat": "--without pick_heat_then_place_in_recep",
+    **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
+}
+OWN_POLICY = ("plain", "longer-sft", "steer", "without-heat", "noise-10", "noise-25", "noise-50")  # where π_0 is trained; the others begin with plain's
+GAMES, DEV = 1200, 200  # of the first experiments
+TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
+       "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
+OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
+NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random
+
+
+def train(folder, flags):
+    """One run of train.py, unless it is there already. -> its result.json"""
+    if not (folder / "result.json").exists():
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *shlex.split(flags), "--out", str(folder)]
+        print("$", shlex.join(command), flush=True)
+        if subprocess.run(command, stdout=2).returncode:
+            raise UserError(f"{folder}: the run did not finish; the same command goes on with it")
+    return read_json(folder / "result.json")
+
+
+def ablation(args, name, seed):
+    """The run of an ablation. -> its folder"""
+    home = args.out / str(seed)
+    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(seed=home) + f" {args.flags}"
+    if name not in OWN_POLICY:
+        flags += f" --init {ablation(args, 'plain', seed) / 'iter0/policy'}"
+    if "{seed}/three" in ABLATIONS[name]:
+        ablation(args, "three", seed)
+    train(home / name, flags)
+    return home / name
+
+
+def spread(values, scale=100, digits=1):
+    """Mean and standard deviation, as text."""
+    values = [scale * v for v in values if v is not None]
+    return "–" if not values else f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def row(folders):
+    """What the runs of one ablation came to, over seeds -> cells of text."""
+    results = [read_json(folder / "result.json")["rows"] for folder in folders]
+    prms = [read_json(sorted(folder.glob("iter*/prm.json"))[-1]) for folder in folders]
+    cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, -1)]
+    held_out = [prm["held_out"] for prm in prms]
+    return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]), spread([p["expert_preferred"] for p in prms])]
+
+
+HEAD = ("", "dev: π_0", "π_last", "valid_seen: π_0", "π_last", "correlation with returns", "better of two actions", "expert's over chance")
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+# --- first experiments, on small games ------------------------------------------------------------------------------------
+
+def tiny_games():
+    """-> train, dev; as in the runs with the flags TINY."""
+    return split_dev(games_for("tiny", None, "train", GAMES)[0], DEV)
+
+
+def q_hat(args):
+    """Is Q̂ of a random policy, and of π_0, worth anything? Against the returns of rollouts that had no part in it, by visits."""
+    games, _ = tiny_games()
+    prior = fit_prior(games)
+    train(args.out / "tiny/prev", f"{TINY} --iters 3 {args.flags}")
+    policy, tokenizer = read_model(args.out / "tiny/prev/iter0/policy")
+
+    def by_chance(games, each, cap=30):  # 30: in 15 it hardly ever wins
+        return [t for t, _ in expert_trajectories([game for game in games for _ in range(each)], prior, tokenizer, demos=len(games) * each, seed=0, mistakes=0.0, noise=1.0,
+                                                  max_steps=cap)]
+
+    def by_policy(games, each):
+        return list(rollout(policy, tokenizer, [(game, k) for game in games for k in range(each)], temperature=1.0, max_steps=15))
+
+    by_id, rows = {game.id: game for game in games}, []
+    for who, play in (("a random policy", by_chance), ("π_0", by_policy)):
+        for each in tqdm(OF_EACH, who):
+            trajectories = play(games[:PLAYED // each], each)
+            cells = [who, str(each), f"{np.mean([t.won for t in trajectories]):.1%}"]
+            for keys in (history_keys, lambda t, tokenizer: world_keys(t, tokenizer, by_id[t.game])):
+                check, table = held_out_check(trajectories, tokenizer, 0.95, keys), visit_statistics(q_table(trajectories, tokenizer, 0.95, keys))
+                cells += [f"{table['actions'] / table['distinct_pairs']:.1f}", spread([table['label_variance_where_revisited']], 1, 3), f"{spread([check['pearson']], 1, 2)} ({check['pairs']:,})"]
+            rows.append(cells)
+    per_state = "visits of an (s, a)", "variance of returns about Q̂", "correlation (pairs)"
+    print(f"{PLAYED:,} rollouts; Q̂ of one half against the returns of the other, by equal histories and by equal states of the world")
+    print(markdown(("who plays", "rollouts of each game", "won", *(f"{what}, {by}" for by in ("histories", "world") for what in per_state)), rows))
+
+
+@torch.no_grad()
+def divergence(policy, other, trajectories):
+    """KL(policy ‖ other) of the next token, mean over the tokens of the trajectories' actions."""
+    total = n = 0
+    for t in trajectories:
+        places = np.concatenate([np.arange(start - 1, end - 1) for start, end in t.spans])
+        ids = pad([t.ids])
+        p, q = (action_logprobs(model.logits(model(ids)[0, places]), 1.0) for model in (policy, other))
+        total, n = total + float((p.exp() * (p - q)).nan_to_num(0).sum()), n + len(places)
+    return total / n
+
+
+def reference(args):
+    """Held near π_{i−1} or near π_0: success, and how far the policy has gone from π_0, by iteration. A figure beside the table."""
+    curves = {}
+    _, dev = tiny_games()
+    for ref in ("prev", "init"):
+        folder = args.out / "tiny" / ref
+        rows = train(folder, f"{TINY} --iters 3 --ref {ref} {args.flags}")["rows"]
+        start, tokenizer = read_model(folder / "iter0/policy")
+        gone = []
+        for i in range(len(rows)):
+            policy, _ = read_model(folder / f"iter{i}/policy")
+            gone.append(divergence(policy, start, list(rollout(policy, tokenizer, [(game, 0) for game in dev], temperature=1.0, max_steps=15))))
+        curves[ref] = [row["dev"]["success"] for row in rows], gone
+    print(markdown(("reference", *(f"π_{i}: won on dev, KL to π_0" for i in range(4))),
+                   [("π_{i−1}" if ref == "prev" else "π_0", *(f"{won:.1%}, {kl:.3f}" for won, kl in zip(*curves[ref]))) for ref in curves]))
+    draw(args.out / "tiny/reference.png", {("π_{i−1}" if ref == "prev" else "π_0"): curve for ref, curve in curves.items()})
+
+
+def draw(path, curves):
+    """Success and divergence by iteration, side by side, as PNG; needs matplotlib."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("no figure: matplotlib is not installed (requirements-dev.txt)", file=sys.stderr)
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for name, series in curves.items():
+        for axis, values in zip(axes, series):
+            axis.plot(range(len(values)), values, marker="o", label=name)
+    for axis, title in zip(axes, ("success on dev", "KL(π_i ‖ π_0), a token")):
+        axis.set(title=title, xlabel="iteration", xticks=range(4))
+        axis.legend(title="reference")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"figure: {path}")
+
+
+def pilot(args):
+    """InversePRM with the rule-based expert as demonstrator, more and more of whose actions are random; plain cloning beside it (π_0)."""
+    cells = []
+    for noise in NOISE:
+        folder = args.out / f"tiny/inverse-{noise}"
+        rows = train(folder, f"{TINY} --iters 2 --algo inverseprm --demo-noise {noise} {args.flags}")["rows"]
+        preferred = read_json(folder / "iter2/prm.json")["expert_preferred"]
+        cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), "–" if preferred is None else f"{preferred:.1%}"))
+    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "f_2 prefers the expert's action to one by chance"), cells))
+
+
+FIRST = {"q-hat": q_hat, "reference": reference, "pilot": pilot}
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to run: see the list that comes without")
+    parser.add_argument("--seeds", type=whole_numbers, default=[0], metavar="S,S,…", help="seeds of the ablations")
+    parser.add_argument("--rollouts", type=int, default=4000, help="episodes an iteration")
+    parser.add_argument("--flags", default="", help='more flags for every run of train.py, such as "--threads 1"')
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="where runs are kept", metavar="DIR")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in {**ABLATIONS, **FIRST}]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such experiment; python experiments.py lists them")
+    set_up_torch()
+    if not args.names:
+        for name, flags in ABLATIONS.items():
+            print(f"{name:18} train.py --iters 1 --rollouts {args.rollouts} {flags}")
+        for name, experiment in FIRST.items():
+            print(f"{name:18} {experiment.__doc__.splitlines()[0]}")
+    rows = []
+    for name in args.names:
+        if name in FIRST:
+            FIRST[name](args)
+        else:
+            rows.append((name, *row([ablation(args, name, seed) for seed in args.seeds])))
+    if rows:
+        print(markdown(HEAD, rows))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

@@ -1,0 +1,108 @@
+"""The ablations' table, and the first experiments at tiny size."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import experiments
+from experiments import ABLATIONS, FIRST, OWN_POLICY, divergence, row, spread
+from flags import parse_flags
+from tiny import assert_refused, in_process, played, random_model
+
+
+def test_without_a_name_everything_is_listed(monkeypatch, capsys):
+    told = in_process(experiments.main, [], monkeypatch, capsys).stdout
+    assert {line.split()[0] for line in told.splitlines()} == {*ABLATIONS, *FIRST}
+    assert_refused(in_process(experiments.main, ["bt", "cte"], monkeypatch, capsys), "cte", "experiments.py lists them")
+
+
+def runs_of(monkeypatch, tmp_path, name):
+    """The runs of train.py that an ablation asks for: [(folder, parsed flags)], in order, as if each left a PRM behind."""
+    runs = []
+
+    def train(folder, flags):
+        if folder not in [done for done, _ in runs]:
+            runs.append((folder, parse_flags(flags.split())))
+            for i in (1, 3):
+                (folder / f"iter{i}/prm").mkdir(parents=True)
+                (folder / f"iter{i}/prm/config.json").write_text("{}")
+
+    monkeypatch.setattr(experiments, "train", train)
+    args = SimpleNamespace(out=tmp_path, rollouts=500, flags="--threads 1")
+    assert experiments.ablation(args, name, 7) == tmp_path / "7" / name
+    return runs
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_one(monkeypatch, tmp_path, name):
+    *before, (folder, flags) = runs_of(monkeypatch, tmp_path, name)
+    assert folder == tmp_path / "7" / name and flags.seed == 7 and flags.threads == 1
+    assert flags.rollouts == (64 if name == "longer-sft" else 500)
+    assert (flags.init is None) == (name in OWN_POLICY)
+    names = [done.name for done, _ in before]
+    if name not in OWN_POLICY:
+        assert flags.init == str(tmp_path / "7/plain/iter0/policy") and names[0] == "plain"
+    assert ("three" in names) == ("shape" in name) and len(names) <= 2
+    own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
+    assert own or name in ("plain", "three")  # it differs from the plain run in something
+
+
+def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):
+    rng, won = np.random.default_rng(0), []
+    for seed in range(3):
+        for i in (1, 2):
+            (tmp_path / f"{seed}/iter{i}").mkdir(parents=True)
+            prm = {"held_out": {"pair_accuracy": None if seed else 0.6, "pearson_returns": 0.1 * (seed + i)}, "expert_preferred": 0.5 + 0.1 * seed * (i - 1)}
+            (tmp_path / f"{seed}/iter{i}/prm.json").write_text(json.dumps(prm))
+        won.append(rng.random((3, 2)))
+        (tmp_path / f"{seed}/result.json").write_text(json.dumps({"rows": [{s: {"success": w} for s, w in zip(("dev", "valid_seen"), both)} for both in won[-1]]}))
+    cells = row([tmp_path / str(seed) for seed in range(3)])
+    for cell, values in zip(cells, ([w[0, 0] for w in won], [w[2, 0] for w in won], [w[0, 1] for w in won], [w[2, 1] for w in won])):
+        mean = sum(values) / 3
+        assert cell == f"{100 * mean:.1f} ± {100 * math.sqrt(sum((v - mean) ** 2 for v in values) / 2):.1f}"
+    assert cells[4:] == ["0.30 ± 0.10", "60.0", "60.0 ± 10.0"]  # of the last iteration; seeds without pairs are left out
+    assert spread([None]) == "–" and spread([0.5]) == "50.0"
+
+
+def test_divergence_is_the_kl_written_out():
+    p, q = random_model(1), random_model(2)
+    trajectories = played()[:6]
+    assert divergence(p, p, trajectories) == pytest.approx(0, abs=1e-6)
+    kls = []
+    for t in trajectories:
+        for start, end in t.spans:
+            for place in range(start, end):
+                with torch.no_grad():
+                    a, b = (m.logits(m(torch.from_numpy(t.ids[None, :place].astype(np.int64)))[0, -1]).double().numpy() for m in (p, q))
+                a, b = a[5:], b[5:]  # an action is written with words and <end>; other special tokens are never sampled
+                a, b = a - np.log(np.exp(a).sum()), b - np.log(np.exp(b).sum())
+                kls.append((np.exp(a) * (a - b)).sum())
+    assert divergence(p, q, trajectories) == pytest.approx(np.mean(kls), rel=1e-3) and min(kls) > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+SMALL = "--games tiny --n-generated 60 --dev-games 12 --max-steps 6 --glances 2 --demos 32 --sft-updates 4 --rollouts 24 --min-games 12 --pairs 32 --inverse-updates 3 --dim 32 --layers 1 --hidden 32 " \
+        "--dev-episodes 1 --test-splits --threads 1"
+
+
+@pytest.mark.parametrize("name, rows", (("q-hat", 4), ("reference", 2), ("pilot", 1)))
+def test_the_first_experiments_end_in_a_table(monkeypatch, capsys, folder, name, rows):
+    for constant, value in (("TINY", SMALL), ("OF_EACH", (2, 4)), ("PLAYED", 64), ("NOISE", (0.5,)), ("GAMES", 60), ("DEV", 12)):
+        monkeypatch.setattr(experiments, constant, value)
+    done = in_process(experiments.main, [name, "--out", folder], monkeypatch, capsys)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == rows + 2 and len({line.count("|") for line in table}) == 1
+    if name == "reference":
+        kl = [[float(x) for x in re.findall(r", ([\d.]+)", line)] for line in table[2:]]
+        assert all(len(line) == 4 and line[0] == 0 for line in kl) and kl[0][:2] == kl[1][:2]  # the two differ from the second iteration on
+        assert (folder / "tiny/reference.png").stat().st_size > 10_000
