@@ -5,6 +5,8 @@
     python eval.py --policy … --prm … --best-of 16 --lookahead 1     # by what the policy imagines to come of each action
     python eval.py --policy … --prm … --beam 4x4                     # these two ask more of the world: it can be set back,
     python eval.py --policy … --prm … --best-of-episodes 16          # or played again
+    python eval.py --policy … --prm … --watch                        # one episode step by step, with what else the policy proposes, and Q
+    python eval.py --agent human                                     # play yourself
     python eval.py --agent expert --split valid_seen          # and --agent random: what the numbers are to be read against
     python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine
 """
@@ -23,6 +25,8 @@ from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import game_flags, games_for, split_dev, write_games
 from generate import generate
+from play import narrated, play_by_hand, told
+from prm import score, sigmoid
 from rollout import rollout, slots_for
 from search import beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy, read_prm
 from stock import StockAlfworldEnv, alfworld_version
@@ -163,6 +167,8 @@ def check(args):
         raise UserError(f"{' and '.join(searches)}: one at a time")
     if args.lookahead and searches != ["--best-of"]:
         raise UserError("--lookahead needs --best-of N, the candidates that it compares")
+    if args.watch and (args.agent != "policy" or args.beam or args.best_of_episodes > 1):
+        raise UserError("--watch is for --agent policy that plays an episode once: with --best-of or without")
     if searches and not args.prm:
         raise UserError(f"{searches[0]} needs --prm DIR")
     if args.admissible and (args.best_of > 1 or args.beam):
@@ -179,7 +185,7 @@ def main():
     parser = Parser(__doc__)
     add = lambda group, flag, help, **kw: group.add_argument(flag, help=help, **kw)
     who = parser.add_argument_group("agent")
-    add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random"))
+    add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random", "human"))
     add(who, "--policy", "folder of a policy", metavar="DIR")
     add(who, "--prm", "folder of a PRM, for what follows", metavar="DIR")
     add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
@@ -188,6 +194,7 @@ def main():
     add(who, "--beam", "step-level beam search: K histories are kept, each samples M actions, the K of highest Q go on; the world is set back as needed",
         type=keep_by_expand, metavar="KxM")
     add(who, "--best-of-episodes", "play every episode N times and take the one of highest Q at its last action", type=int, default=1, metavar="N")
+    add(who, "--watch", "play one game, that of --seed, and print it step by step: what else the policy proposes and, with --prm, Q", action="store_true")
     add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
@@ -215,13 +222,25 @@ def main():
             split = "train" if args.split == "dev" else args.split
             write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
             games, _ = games_for("alfworld", folder.name, args.split)
+    if args.agent == "human":
+        episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
+        print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
+        return 0
     start = time.monotonic()
     common = dict(episodes_per_game=args.episodes_per_game, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead) if args.best_of > 1 or args.beam or args.best_of_episodes > 1 else None
+        searches = args.best_of > 1 or args.beam or args.best_of_episodes > 1
+        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead) if searches or args.watch and args.prm else None
         common |= dict(temperature=args.temperature, slots=args.slots)
+        if args.watch:
+            game = games[generator(args.seed, "watch").integers(len(games))]
+            choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
+            del common["episodes_per_game"]
+            [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=choose, admissible=args.admissible, **common)
+            print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
+            return 0
         if args.beam:
             result = evaluate_beams(policy, prm, tokenizer, games, *args.beam, **common)
         elif args.best_of_episodes > 1:

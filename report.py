@@ -15,22 +15,17 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, command_line, generator, key, pick_device, read_json, read_model, set_up_torch, write_file
-from env import AlfworldEnv
+from common import Parser, UserError, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_file
 from eval import paired_bootstrap
-from figures import AGENT_PRM, KINDS, figures_of, percent, pi, shade, span, svg, write_png
+from figures import AGENT_PRM, figures_of, percent, pi, shade, span, svg, write_png
 from flags import parse_flags
+from play import PROPOSALS, told
 from prm import score, sigmoid
 from rollout import rollout
 from runs import load_games
-from tokenizer import split_intro
-from tree import Tree, distinct, propose
 
-PROPOSALS = 8  # actions sampled from the policy at each state that the viewer shows
 PUBLISHED = [*((f"AgentPRM {pi(i)}", p, "3B parameters" + ", 70,000 rollouts an iteration" * (i > 0)) for i, p in enumerate(AGENT_PRM)),
              (f"AgentPRM, Best-of-16 on {pi(0)}", 0.69, "3B, by the first PRM"), (f"AgentPRM, Best-of-16 on {pi(1)}", 0.88, "3B"),
              ("AgentPRM, Best-of-16, the best", 0.91, "3B"), ("SFT", 0.634, "3B, 10,000 demonstrations"),
@@ -126,31 +121,7 @@ def play(run, args):
                                      max_steps=flags.max_steps), "play", len(picked), unit="episode", dynamic_ncols=True))
     trajectories.sort(key=lambda t: list(picked).index(t.game))
     judged = zip(tqdm(trajectories, "judge", unit="episode", dynamic_ncols=True), score(prm, trajectories))
-    return [told(picked[t.game], t, sigmoid(f), policy, prm, tokenizer, flags.dpo_temperature, args.seed) for t, f in judged]
-
-
-def told(game, trajectory, q, policy, prm, tokenizer, temperature, seed):
-    """An episode for the viewer; q (T,): Q of its actions, their promise. Progress is Q less Q of the action before; the first has none.
-
-    `others`: what else the policy proposes at a state, of PROPOSALS samples at this temperature: its Q, and how often it was
-    drawn. `times`: how often the action taken was.
-    """
-    env, ids = AlfworldEnv(len(trajectory)), trajectory.ids.astype(np.int64)
-    task, observation = split_intro(env.reset(game)[0])
-    text = lambda action: tokenizer.decode(action).strip()
-    states = [(0, int(start)) for start in trajectory.spans[:, 0]]
-    drawn = propose(policy, [ids], states, PROPOSALS, temperature, (seed, key(game.id), np.arange(len(states))))
-    branches = [(*state, *action) for state, actions in zip(states, drawn) for action in distinct(actions, tokenizer)]
-    with torch.no_grad():
-        scores = Tree([ids], branches, policy.cos.device).scores(prm).sigmoid().tolist()
-    q_of = {(start, text(action)): q for (_, start, action, _), q in zip(branches, scores)}
-    steps = []
-    for t, (start, end) in enumerate(trajectory.spans.tolist()):
-        action, proposals = text(ids[start:end]), [text(proposal) for proposal, _ in drawn[t]]
-        others = [{"action": other, "q": round(q_of[start, other], 4), "times": proposals.count(other)} for other in dict.fromkeys(proposals) if other != action]
-        steps.append({"action": action, "q": round(float(q[t]), 4), "progress": round(float(q[t] - q[t - 1]), 4) if t else None, "times": proposals.count(action),
-                      "answer": env.step(action)[0], "inadmissible": bool(trajectory.inadmissible[t]), "others": sorted(others, key=lambda other: -other["q"])})
-    return {"game": game.id, "type": KINDS[game.task_type], "won": bool(trajectory.won), "task": task, "observation": observation, "steps": steps}
+    return [told(picked[t.game], t, policy, tokenizer, flags.dpo_temperature, args.seed, prm, sigmoid(f)) for t, f in judged]
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from common import generator, key, read_model
 from env import NOTHING_HAPPENS
 from figures import KINDS, pi
 from games import generated_split, split_dev
+from play import told
 from prm import score
 from report import main as report_main
-from report import told
 from rollout import rollout
 from tiny import assert_refused, command, games, in_process, played, taught, tokenizer
 from tree import propose
@@ -152,7 +152,7 @@ def test_other_proposals_are_the_policys_with_q_at_that_state():
     torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
     t = max(played(), key=len)
     game = next(game for game in games() if game.id == t.game)
-    episode = told(game, t, 1 / (1 + np.exp(-score(prm, [t])[0])), taught(), prm, tokenizer(), 1.0, 3)
+    episode = told(game, t, taught(), tokenizer(), 1.0, 3, prm, 1 / (1 + np.exp(-score(prm, [t])[0])))
     drawn = propose(taught(), [t.ids.astype(np.int64)], [(0, start) for start in t.spans[:, 0]], 8, 1.0, (3, key(t.game), np.arange(len(t))))
     for k, (step, (start, _), proposals) in enumerate(zip(episode["steps"], t.spans, drawn)):
         ids_of = {tokenizer().decode(ids).strip(): ids for ids, _ in proposals[::-1]}  # a text can be sampled as several rows of tokens: the first counts
