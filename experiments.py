@@ -93,10 +93,10 @@ def row(folders):
     prms = [read_json(sorted(folder.glob("iter*/prm.json"))[-1]) for folder in folders]
     cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, -1)]
     held_out = [prm["held_out"] for prm in prms]
-    return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]), spread([p["expert_preferred"] for p in prms])]
+    return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]), *(spread([p["expert_preferred"][to] for p in prms]) for to in ("to_policy", "to_chance"))]
 
 
-HEAD = ("", "dev: π_0", "π_last", "valid_seen: π_0", "π_last", "correlation with returns", "better of two actions", "expert's over chance")
+HEAD = ("", "dev: π_0", "π_last", "valid_seen: π_0", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
 
 
 def markdown(head, rows):
@@ -193,9 +193,9 @@ def pilot(args):
     for noise in NOISE:
         folder = args.out / f"tiny/inverse-{noise}"
         rows = train(folder, f"{TINY} --iters 2 --algo inverseprm --demo-noise {noise} {args.flags}")["rows"]
-        preferred = read_json(folder / "iter2/prm.json")["expert_preferred"]
-        cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), "–" if preferred is None else f"{preferred:.1%}"))
-    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "f_2 prefers the expert's action to one by chance"), cells))
+        preferred = read_json(folder / "iter1/prm.json")["expert_preferred"]["to_policy"]
+        cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), spread([preferred])))
+    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "f_1 prefers the expert's action to another that π_0 proposes, %"), cells))
 
 
 FIRST = {"q-hat": q_hat, "reference": reference, "pilot": pilot}

@@ -9,7 +9,7 @@ from games import GAMES
 
 SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
              dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1)
-MANY = 20_000  # rollouts an iteration, from which on one look at each is enough
+MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
 
 
 def episodes_of_each_game(args):
@@ -96,7 +96,8 @@ def parse_flags(argv=None, doc=None):
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
     add(g, "--beta", 0.03, "weight of the KL to the reference")
-    add(g, "--pairs", 12500, "states an iteration at which the policy proposes actions; the best and the worst make a pair")
+    add(g, "--pairs", None, f"states an iteration at which the policy proposes actions; the best and the worst make a pair (default: 12,500; 50,000 from {MANY:,} rollouts on)", type=int,
+        metavar="N")
     add(g, "--proposals", 4, "actions it proposes at each (the paper: 2)")
     add(g, "--dpo-lr", 2.5e-3, "learning rate")
     add(g, "--dpo-temperature", 1.0, "temperature at which they are sampled, and of their log-probabilities")
@@ -117,6 +118,8 @@ def parse_flags(argv=None, doc=None):
     args = parser.parse_args(argv)
     if args.prm_epochs is None:
         args.prm_epochs = 1.0 if args.rollouts >= MANY else 2.0
+    if args.pairs is None:
+        args.pairs = 50_000 if args.rollouts >= MANY else 12_500
     for name in small:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")

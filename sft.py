@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import Parser, UserError, command_line, generator, optimise, pad, read_json, save_model, set_up_torch, write_json
+from common import Parser, UserError, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, base, demonstrate, fit_prior, names, parse_task
@@ -28,6 +28,7 @@ from model import Config, Transformer
 from ranks import mine, summed
 from rollout import MAX_ACTION, Trajectory
 from tokenizer import ACT, END, OBS, PAD, TASK, Tokenizer, split_intro
+from tree import distinct, propose
 
 
 def train_tokenizer(games, prior, seed, sample=1000):
@@ -128,6 +129,14 @@ def against_chance(trajectory, tokenizer, game, rng):
         pairs.append((k, np.array(tokenizer.action(others[rng.integers(len(others))]))))
         info = env.step(action)[-1]
     return pairs
+
+
+def against_policy(trajectory, tokenizer, policy, proposals, seed):
+    """The same against what else a policy proposes there, where it reads otherwise."""
+    text = lambda action: tokenizer.decode(action).strip()
+    states = [(0, int(start)) for start in trajectory.spans[:, 0]]
+    drawn = propose(policy, [trajectory.ids.astype(np.int64)], states, proposals, 1.0, (seed, key(trajectory.game), np.arange(len(states))))
+    return [(k, np.array(action)) for k, (some, own) in enumerate(zip(drawn, tokenizer.actions(trajectory.ids))) for action, _ in distinct(some, tokenizer) if text(action) != own]
 
 
 def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0):

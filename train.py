@@ -29,7 +29,7 @@ from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of
                        visit_statistics, world_keys)
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
-from sft import against_chance, expert_trajectories, hinted, receptacle_types, train_sft, train_tokenizer, without_hint
+from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, train_sft, train_tokenizer, without_hint
 from shards import load_trajectories, play_shards
 from tokenizer import Tokenizer, split_intro
 
@@ -195,16 +195,17 @@ def process_reward_model(args, run, games, i, trajectories, name):
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
-                      "expert_preferred": expert_preferred(args, prm, tokenizer, games),
+                      "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games),
                       "visits": visit_statistics(table), "preferences": preferences, "log": log})
 
 
-def expert_preferred(args, prm, tokenizer, games, demos=100):
-    """How often the PRM holds an expert's action for better than another admissible one, drawn by chance, on dev games."""
+def expert_preferred(args, prm, policy, tokenizer, games, demos=100):
+    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes."""
     by_id, rng = {game.id: game for game in games.dev}, generator(args.seed, "against chance")
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=demos, seed=args.seed, mistakes=0.0, max_steps=args.max_steps,
                                                   context=args.context)]
-    return pair_accuracy(prm, episodes, [against_chance(t, tokenizer, by_id[t.game], rng) for t in episodes])
+    return {"to_chance": pair_accuracy(prm, episodes, [against_chance(t, tokenizer, by_id[t.game], rng) for t in episodes]),
+            "to_policy": pair_accuracy(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])}
 
 
 def prm_names(args):

@@ -57,7 +57,7 @@ def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):
     for seed in range(3):
         for i in (1, 2):
             (tmp_path / f"{seed}/iter{i}").mkdir(parents=True)
-            prm = {"held_out": {"pair_accuracy": None if seed else 0.6, "pearson_returns": 0.1 * (seed + i)}, "expert_preferred": 0.5 + 0.1 * seed * (i - 1)}
+            prm = {"held_out": {"pair_accuracy": None if seed else 0.6, "pearson_returns": 0.1 * (seed + i)}, "expert_preferred": {"to_policy": 0.5 + 0.1 * seed * (i - 1), "to_chance": None}}
             (tmp_path / f"{seed}/iter{i}/prm.json").write_text(json.dumps(prm))
         won.append(rng.random((3, 2)))
         (tmp_path / f"{seed}/result.json").write_text(json.dumps({"rows": [{s: {"success": w} for s, w in zip(("dev", "valid_seen"), both)} for both in won[-1]]}))
@@ -65,7 +65,7 @@ def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):
     for cell, values in zip(cells, ([w[0, 0] for w in won], [w[2, 0] for w in won], [w[0, 1] for w in won], [w[2, 1] for w in won])):
         mean = sum(values) / 3
         assert cell == f"{100 * mean:.1f} ± {100 * math.sqrt(sum((v - mean) ** 2 for v in values) / 2):.1f}"
-    assert cells[4:] == ["0.30 ± 0.10", "60.0", "60.0 ± 10.0"]  # of the last iteration; seeds without pairs are left out
+    assert cells[4:] == ["0.30 ± 0.10", "60.0", "60.0 ± 10.0", "–"]  # of the last iteration; seeds without pairs are left out
     assert spread([None]) == "–" and spread([0.5]) == "50.0"
 
 

@@ -224,7 +224,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
     assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == ("bt" not in flags)
-    assert 0 <= told["expert_preferred"] <= 1
+    assert told["expert_preferred"].keys() == {"to_chance", "to_policy"} and all(0 <= share <= 1 for share in told["expert_preferred"].values())
     assert after.config.head == ("relative" if "bt" in flags else "score")
     changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
     lost = "--forks" in flags and not read(folder / "iter1/forks.json")["success"]  # forked or not, nothing was won
@@ -342,6 +342,12 @@ def test_mistakes_are_told_in_one_line_before_any_work(flags, parts, tmp_path, m
     words = [*TINY, "--out", str(tmp_path / "run"), *flags]
     assert_refused(in_process(train_main, words, monkeypatch, capsys), *parts)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_defaults_that_follow_the_number_of_rollouts():
+    small, large, own = (parse_flags(words.split()) for words in ("--rollouts 4000", "", "--pairs 7 --prm-epochs 0.5"))
+    assert (small.prm_epochs, small.pairs) == (2, 12_500) and large.rollouts == 70_000 and (large.prm_epochs, large.pairs) == (1, 50_000)
+    assert (own.prm_epochs, own.pairs) == (0.5, 7)
 
 
 def test_a_mistake_ends_the_process_with_code_2(tmp_path):
