@@ -1,6 +1,7 @@
 """The model equals transformers' Qwen3, its cache equals no cache, and a tree of branches equals separate sequences."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,27 @@ def test_in_bfloat16_as_on_a_gpu_a_cache_still_equals_whole_sequences(monkeypatc
              for a, b in ((0, 20), (20, 21), (21, 40))]
     for a, b in ((torch.cat(parts, 1), half), (half, exact)):
         assert (a - b).std() < 0.03 * exact.std()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_layers_compute_the_same_for_any_number_of_tokens(monkeypatch):
+    """COMPILE=1, as for a GPU: whole sequences and their gradients, and a cache that grows by chunks."""
+    eager = random_model(layers=1)
+    monkeypatch.setattr(model, "COMPILE", True)
+    compiled = random_model(layers=1)
+    for length in (17, 40):
+        ids = random_ids(3, length)
+        ours, theirs = (m.logits(m(ids)) for m in (compiled, eager))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    for m in (compiled, eager):
+        m.logits(m(ids)).logsumexp(-1).mean().backward()
+    for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        h, cache = eager(ids[:1])[0], Cache(compiled.config, 1, 40)
+        chunks = [compiled.extend(ids[0, a:b], torch.zeros(b - a, dtype=torch.long), torch.arange(a, b), cache) for a, b in ((0, 30), (30, 31), (31, 40))]
+    torch.testing.assert_close(torch.cat(chunks), h, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
