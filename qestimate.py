@@ -156,15 +156,24 @@ def sarsa(M, v_0, R, gamma, lam):
 
 
 def visit_statistics(table):
-    """How often (s, a) were visited, and how far single returns lie from Q̂ where there are several."""
+    """How often (s, a) were visited, and how far single returns lie from Q̂ where there are several.
+
+    `by_visits`: of the pairs (s, a) with at least 1, 2, 4, … visits but fewer than the next: how many, their mean Q̂ (the better a
+    policy does there, the higher), and the variance of their returns about it.
+    """
     pair, first = np.unique(table["pair"], return_index=True)
     count = table["count"][first]
+    error = (table["returns"] - table["q_hat"]) ** 2
     again = table["count"] > 1
-    spread = (table["returns"] - table["q_hat"])[again]
-    edges = (1, 2, 4, 8, 16, 32, 64)
+    edges, by_visits = (1, 2, 4, 8, 16, 32, 64), {}
+    for low, high in zip(edges, (*edges[1:], np.inf)):
+        here = (table["count"] >= low) & (table["count"] < high)
+        if here.any():
+            by_visits[f"{low}+"] = {"pairs": int((1 / table["count"][here]).sum().round()), "q_hat": float(np.average(table["q_hat"][here], weights=1 / table["count"][here])),
+                                    "variance": float(error[here].mean()) if low > 1 else None}
     return {"actions": len(table["pair"]), "distinct_pairs": len(pair), "distinct_states": len(np.unique(table["state"])),
-            "visits": {f"{a}+": int((count >= a).sum()) for a in edges},
-            "label_variance_where_revisited": float((spread ** 2).mean()) if again.any() else None}
+            "visits": {f"{a}+": int((count >= a).sum()) for a in edges}, "by_visits": by_visits,
+            "label_variance_where_revisited": float(error[again].mean()) if again.any() else None}
 
 
 def held_out_check(trajectories, tokenizer, gamma, keys=history_keys):

@@ -213,6 +213,22 @@ def test_visit_statistics():
     assert visit_statistics(q_table([a], tokenizer(), 1.0))["label_variance_where_revisited"] is None
 
 
+def test_statistics_by_visits_are_those_of_a_dictionary():
+    trajectories = random_trajectories(6, 400)
+    seen, _ = by_definition(trajectories, GAMMA)
+    told_of = visit_statistics(q_table(trajectories, tokenizer(), GAMMA))["by_visits"]
+    edges = [1, 2, 4, 8, 16, 32, 64, np.inf]
+    for low, high in zip(edges, edges[1:]):
+        some = [returns for returns in seen.values() if low <= len(returns) < high]
+        assert (f"{low}+" in told_of) == bool(some)
+        if some:
+            mine = told_of[f"{low}+"]
+            assert mine["pairs"] == len(some) and mine["q_hat"] == pytest.approx(np.mean([np.mean(r) for r in some]))
+            errors = [(r - np.mean(returns)) ** 2 for returns in some for r in returns]
+            assert mine["variance"] == (None if low == 1 else pytest.approx(np.mean(errors)))
+    assert len(told_of) > 3
+
+
 def test_held_out_check():
     """Half of the rollouts predict the other half: wholly where the action decides, not at all by chance, not where nothing is shared."""
     tok, rng = tokenizer(), random.Random(0)
