@@ -28,6 +28,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed
     "plain": "",
     "three": "--iters 3",
     "ref-init": "--iters 3 --ref init",
+    "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
     "dpo-alone": "--imitate 0 --dpo-lr 3e-5",
     "last-states": "--iters 3 --states-of last",
@@ -39,6 +40,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed
     "promise-td": "--prm-loss promise-progress --targets td-gae",
     "promise-td-1": "--prm-loss promise-progress --targets td-gae --gamma 1",
     "promise-sarsa": "--prm-loss promise-progress --targets sarsa",
+    "forks": "--prm-loss promise-progress --forks 4 --rollouts 138 --prm-epochs 58 --pairs 16",  # as many sampled tokens as 4,000 rollouts, as many updates
+    "forks-8": "--prm-loss promise-progress --forks 4 --rollouts 1104 --prm-epochs 7.25 --pairs 16",  # eight times as many
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
     "reset": "--reset-frac 0.5",
     "steer": "--steer 0.5",
