@@ -66,9 +66,10 @@ def _fail(text, code=2):
 def set_up_torch(threads=None):
     """Threads once, and glibc kept from returning every tensor over 32 MB to the system only to fault its pages in again.
 
-    threads: all cores, unless this or $OMP_NUM_THREADS says.
+    threads: all cores, unless this or $OMP_NUM_THREADS says; of several processes of torchrun (which sets that to 1) each has its share.
     """
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or (max(1, cores // processes) if processes > 1 else int(os.environ.get("OMP_NUM_THREADS", cores))))
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never serve a large block by mmap

@@ -14,7 +14,8 @@ TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: o
 
 
 def judged_by(prms, how):
-    """The score that `online_dpo` asks for: Tree -> (branches,), Q of each proposal, or f of PRMs that compare actions of one state only."""
+    """The score that `online_dpo` asks for: Tree -> (branches,), Q of each proposal, or f of PRMs that compare actions of one state only
+    (preferences, InversePRM)."""
     @torch.no_grad()
     def judge(tree):
         f = torch.stack([tree.scores(prm) for prm in prms])

@@ -169,6 +169,8 @@ def check(args):
         raise UserError("--lookahead needs --best-of N, the candidates that it compares")
     if args.watch and (args.agent != "policy" or args.beam or args.best_of_episodes > 1):
         raise UserError("--watch is for --agent policy that plays an episode once: with --best-of or without")
+    if args.json and (args.watch or args.agent == "human"):
+        raise UserError("--json is for evaluations, not for --watch or --agent human")
     if searches and not args.prm:
         raise UserError(f"{searches[0]} needs --prm DIR")
     if args.admissible and (args.best_of > 1 or args.beam):
@@ -232,7 +234,7 @@ def main():
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
         searches = args.best_of > 1 or args.beam or args.best_of_episodes > 1
-        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead) if searches or args.watch and args.prm else None
+        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if searches or args.watch and args.prm else None
         common |= dict(temperature=args.temperature, slots=args.slots)
         if args.watch:
             game = games[generator(args.seed, "watch").integers(len(games))]

@@ -1,7 +1,7 @@
 """The ablations of the README, each a run of train.py with some more flags from the same π_0, and their table.
 
     python experiments.py                                        # what there is, and the flags of each
-    python experiments.py plain bt td-gae --seeds 0,1,2          # run what is missing, print the rows
+    python experiments.py plain bt promise-td --seeds 0,1,2      # run what is missing, print the rows
     python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
 
 A run lives in runs/experiments/SEED/NAME, is resumed where it stopped, and can be opened with report.py and curves.py.
@@ -19,9 +19,11 @@ from tqdm import tqdm
 from common import Parser, UserError, command_line, pad, read_json, read_model, set_up_torch
 from curves import whole_numbers
 from expert import fit_prior
+from flags import parse_flags
 from games import games_for, split_dev
 from qestimate import held_out_check, history_keys, q_table, visit_statistics, world_keys
 from rollout import action_logprobs, rollout
+from runs import same_flags
 from sft import expert_trajectories
 
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed} is the folder of the seed's runs
@@ -40,8 +42,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed
     "promise-td": "--prm-loss promise-progress --targets td-gae",
     "promise-td-1": "--prm-loss promise-progress --targets td-gae --gamma 1",
     "promise-sarsa": "--prm-loss promise-progress --targets sarsa",
-    "forks": "--prm-loss promise-progress --forks 4 --rollouts 138 --prm-epochs 58 --pairs 16",  # as many sampled tokens as 4,000 rollouts, as many updates
-    "forks-8": "--prm-loss promise-progress --forks 4 --rollouts 1104 --prm-epochs 7.25 --pairs 16",  # eight times as many
+    "forks": "--prm-loss promise-progress --forks 4 --rollouts 90 --prm-epochs 88 --pairs 16",  # as many sampled tokens as 4,000 rollouts, as many updates
+    "forks-8": "--prm-loss promise-progress --forks 4 --rollouts 720 --prm-epochs 11 --pairs 16",  # eight times as many
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
     "reset": "--reset-frac 0.5",
     "steer": "--steer 0.5",
@@ -63,9 +65,12 @@ NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at ra
 
 
 def train(folder, flags):
-    """One run of train.py, unless it is there already. -> its result.json"""
-    if not (folder / "result.json").exists():
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *shlex.split(flags), "--out", str(folder)]
+    """One run of train.py, unless it is there already. -> its result.json. UserError if what is there had other flags"""
+    words = [*shlex.split(flags), "--out", str(folder)]
+    if (folder / "result.json").exists():
+        same_flags(folder, vars(parse_flags(words)))
+    else:
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *words]
         print("$", shlex.join(command), flush=True)
         if subprocess.run(command, stdout=2).returncode:
             raise UserError(f"{folder}: the run did not finish; the same command goes on with it")
@@ -75,9 +80,9 @@ def train(folder, flags):
 def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
-    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(seed=home) + f" {args.flags}"
+    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(seed=shlex.quote(str(home))) + f" {args.flags}"
     if name not in OWN_POLICY:
-        flags += f" --init {ablation(args, 'plain', seed) / 'iter0/policy'}"
+        flags += f" --init {shlex.quote(str(ablation(args, 'plain', seed) / 'iter0/policy'))}"
     if "{seed}/three" in ABLATIONS[name]:
         ablation(args, "three", seed)
     train(home / name, flags)
@@ -209,9 +214,10 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to run: see the list that comes without")
     parser.add_argument("--seeds", type=whole_numbers, default=[0], metavar="S,S,…", help="seeds of the ablations")
     parser.add_argument("--rollouts", type=int, default=4000, help="episodes an iteration")
-    parser.add_argument("--flags", default="", help='more flags for every run of train.py, such as "--threads 1"')
+    parser.add_argument("--flags", help='more flags for every run of train.py, such as "--threads 1"')
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="where runs are kept", metavar="DIR")
     args = parser.parse_args()
+    args.flags = args.flags or ""
     unknown = [name for name in args.names if name not in {**ABLATIONS, **FIRST}]
     if unknown:
         raise UserError(f"{unknown[0]}: no such experiment; python experiments.py lists them")

@@ -132,6 +132,14 @@ def parse_flags(argv=None, doc=None):
     if args.rollouts <= episodes_of_each_game(args):
         raise UserError(f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels")
     inverse, bt = args.algo == "inverseprm", args.prm_loss == "bt"
+    for flag, used, needs, there in (("--hide-ends", args.hide_ends, "--algo inverseprm", inverse), ("--shape potential", args.shape == "potential", "--shape-with", args.shape_with),
+                                     ("--ensemble-by min", args.ensemble_by == "min", "--ensemble of at least 2", args.ensemble > 1)):
+        if used and not there:
+            raise UserError(f"{flag} does nothing without {needs}")
+    if args.state == "world" and (inverse or args.targets != "mc"):
+        raise UserError("--state world changes Monte Carlo labels: neither --algo inverseprm nor --targets td-gae has any")
+    if args.track_hacking and (inverse or bt):
+        raise UserError("--track-hacking compares values of different states, which neither --prm-loss bt nor --algo inverseprm gives")
     if (args.shape_with or args.curiosity or args.forks) and (inverse or bt or args.targets != "mc"):
         raise UserError("--shape-with, --curiosity and --forks change Monte Carlo labels: neither --algo inverseprm nor --prm-loss bt nor --targets td-gae has any")
     if inverse and args.prm_loss != "bce":

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-COMPILE = bool(os.environ.get("COMPILE"))  # fuse what is small in a layer: fewer kernels for a GPU to start; on a CPU 1.1 × in training, after a minute and a half (LOG.md)
+COMPILE = os.environ.get("COMPILE") == "1"  # fuse what is small in a layer: fewer kernels for a GPU to start; on a CPU 1.1 × in training, after a minute and a half (LOG.md)
 AUTOCAST = {"cuda": torch.bfloat16}  # what layers compute in, and the cache holds, by type of device; the stream, weights and losses are float32
 
 

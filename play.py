@@ -45,7 +45,7 @@ def told(game, trajectory, policy, tokenizer, temperature, seed, prm=None, q=Non
 def narrated(episode):
     """What `told` tells -> lines of text."""
     def line(mark, step):
-        return f"  {mark} {step['action']:44}{step['times']} of {PROPOSALS}" + ("" if step["q"] is None else f"   Q {step['q']:.3f}")
+        return f"  {mark} {step['action']:44} {step['times']} of {PROPOSALS}" + ("" if step["q"] is None else f"   Q {step['q']:.3f}")
 
     yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
     for n, step in enumerate(episode["steps"], 1):

@@ -9,6 +9,7 @@ import hashlib
 import numpy as np
 
 from env import AlfworldEnv
+from tokenizer import ACT, END
 
 
 def returns(trajectory, gamma):
@@ -21,14 +22,15 @@ def history_keys(trajectory, tokenizer):
     """64-bit names of the states s_t and of the pairs (s_t, a_t), two (T,) uint64 arrays, from text: equal history, equal name."""
     history = hashlib.blake2b(digest_size=8)
     number = lambda h: int.from_bytes(h.digest(), "little")
-    states, pairs, seen = [], [], 0
-    for start, end in trajectory.spans:
-        history.update(b"\0" + tokenizer.decode(trajectory.ids[seen:start]).encode())
+    states, pairs, seen, ids = [], [], 0, trajectory.ids
+    for start, end in zip(np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1):
+        history.update(b"\0" + tokenizer.decode(ids[seen:start]).encode())
         states.append(number(history))
-        history.update(b"\1" + tokenizer.decode(trajectory.ids[start:end]).strip().encode())
+        history.update(b"\1" + tokenizer.decode(ids[start:end]).strip().encode())
         pairs.append(number(history))
         seen = end
-    return np.array(states, np.uint64), np.array(pairs, np.uint64)
+    own = slice(-len(trajectory), None)  # what came before was a demonstration's
+    return np.array(states[own], np.uint64), np.array(pairs[own], np.uint64)
 
 
 def world_keys(trajectory, tokenizer, game):
@@ -105,15 +107,14 @@ def forks_of(trajectories, K):
     return [(i, k) for i, t in enumerate(trajectories) for k in range(len(t) - 1) for _ in range(K)]
 
 
-def forked(trajectories, forks, K, gamma, max_steps):
+def forked(trajectories, forks, K, gamma):
     """Labels by Monte Carlo from every step: Q̂(s_t, a_t) = mean return of K rollouts forked behind a_t and of the trajectory itself.
 
-    forks: the rollouts, in the order of `forks_of`; what a fork wins after `max_steps` actions in all does not count. -> as
-    `labels_of`, every action weighing one
+    forks: the rollouts, in the order of `forks_of`. -> as `labels_of`, every action weighing one
     """
     q_hat = [returns(t, gamma) for t in trajectories]
     for (i, k), fork in zip(forks_of(trajectories, K), forks, strict=True):
-        q_hat[i][k] += gamma * returns(fork, gamma)[0] * (k + 1 + len(fork) <= max_steps)
+        q_hat[i][k] += gamma * returns(fork, gamma)[0]
     return [((q / np.append(np.full(len(q) - 1, K + 1), 1)).astype(np.float32), np.ones(len(q), np.float32)) for q in q_hat]
 
 
@@ -159,12 +160,12 @@ def visit_statistics(table):
     """How often (s, a) were visited, and how far single returns lie from Q̂ where there are several.
 
     `by_visits`: of the pairs (s, a) with at least 1, 2, 4, … visits but fewer than the next: how many, their mean Q̂ (the better a
-    policy does there, the higher), and the variance of their returns about it.
+    policy does there, the higher), and the variance of their returns, from n of them as n − 1 tell it.
     """
     pair, first = np.unique(table["pair"], return_index=True)
     count = table["count"][first]
-    error = (table["returns"] - table["q_hat"]) ** 2
     again = table["count"] > 1
+    error = (table["returns"] - table["q_hat"]) ** 2 * np.where(again, table["count"] / np.maximum(1, table["count"] - 1), 0)
     edges, by_visits = (1, 2, 4, 8, 16, 32, 64), {}
     for low, high in zip(edges, (*edges[1:], np.inf)):
         here = (table["count"] >= low) & (table["count"] < high)

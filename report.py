@@ -106,7 +106,7 @@ def play(run, args):
     prm, _ = read_model(run.path / f"iter{max(1, run.best)}/prm", device, "score")  # π_0 is judged by the PRM of its own rollouts
 
     if prm.config.head == "relative":
-        print("no episodes in the page: a PRM of --prm-loss bt says nothing of one state against another", file=sys.stderr)
+        print("no episodes in the page: a PRM of --prm-loss bt or --algo inverseprm says nothing of one state against another", file=sys.stderr)
         return []
 
     def compare(sources):

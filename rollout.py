@@ -67,7 +67,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
     """Yield a Trajectory for each (game, episode number), in the order in which they end.
 
     An episode (game, number, ids) begins in the midst of a transcript, `ids` up to an <act>: the actions in it are played first, and
-    neither count nor belong to the Trajectory's own (its `spans`). temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
+    neither count nor belong to the Trajectory's own (its `spans`); (game, number, ids, n): n of them count. temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
     `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
     `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
 
@@ -126,20 +126,20 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
                 rows[i] = None
 
 
-def prompt_of(game, episode, begun=None):
+def prompt_of(game, episode, begun=None, played=0):
     """What to know an episode's prompt by: rollouts that begin at the start of a game share it, and those that fork at one state."""
     return (game.id,) if begun is None else (game.id, begun.tobytes())
 
 
-def begin(kind, env, tokenizer, context, game, episode, begun=None):
-    """The first turn of an episode, or the next after the transcript `begun`, as a `kind`: Row, or a class made from it.
+def begin(kind, env, tokenizer, context, game, episode, begun=None, played=0):
+    """The first turn of an episode, or the next after the transcript `begun` of which `played` actions count, as a `kind`: Row, or a class made from it.
 
     ValueError if it does not fit the context.
     """
     intro, info = env.reset(game)
     for action in () if begun is None else tokenizer.actions(begun):
         info = env.step(action)[-1]
-    env.steps = 0
+    env.steps = played
     ids = tokenizer.prompt(*split_intro(intro)) if begun is None else begun.tolist()
     row = kind(env, game, episode, key(game.id), list(ids), info, prompt_of(game, episode, begun))
     if row.start + MAX_ACTION > context:

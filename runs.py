@@ -28,6 +28,14 @@ from ranks import first_says, rank, wait
 UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when a run is continued
 
 
+def same_flags(path, flags):
+    """UserError where the run in that folder was started with other flags."""
+    old = read_json(path / "config.json")["flags"]
+    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - set(UNCOMPARED)) if old.get(k) != flags.get(k)]
+    if differ:
+        raise UserError(f"{path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
+
+
 def provenance():
     """Where a result comes from: git commit, versions, machine."""
     here = Path(__file__).parent
@@ -65,10 +73,7 @@ class Run:
         flags = {k: v for k, v in vars(args).items()}
         config = self.path / "config.json"
         if first_says(config.exists()):
-            old = read_json(config)["flags"]
-            differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - set(UNCOMPARED)) if old.get(k) != flags.get(k)]
-            if differ:
-                raise UserError(f"{self.path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
+            same_flags(self.path, flags)
         elif rank() == 0:
             write_json(config, {"flags": flags, "command": " ".join(sys.argv), **provenance()})
         wait()
@@ -150,12 +155,13 @@ def estimate(args, run, games):
     per_rollout = 140 * train
     stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * 2400) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
+              "forks": args.iters * args.rollouts * args.forks * 10 * per_rollout,  # behind each of 13 actions, and three quarters as long
               "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
               "DPO": args.iters * args.pairs / args.states_per_trajectory * 400 * train,
               "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
     total = sum(stages.values())
     show = lambda s: f"{s / 3600:.1f} h" if s > 5400 else f"{s / 60:.0f} min" if s > 90 else f"{s:.0f} s"
-    print(f"estimate for this machine: {show(total)} (" + ", ".join(f"{k} {show(v)}" for k, v in stages.items()) + ")", file=sys.stderr)
+    print(f"estimate for this machine: {show(total)} (" + ", ".join(f"{k} {show(v)}" for k, v in stages.items() if v) + ")", file=sys.stderr)
 
 
 def final_table(args, run):

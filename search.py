@@ -30,11 +30,11 @@ def read_prm(folder, tokenizer, device, one_state=False):
 
     Best-of-N over actions compares at `one_state`; everything else here compares Q of different states, for which f must mean the
     same everywhere. A PRM trained on preferences between actions of one state (`--prm-loss bt`) has a constant of its own at every
-    state, and is refused.
+    state, that of InversePRM falls as an episode nears its end: they are refused.
     """
     prm, words = read_model(folder, device, "score")
     if prm.config.head == "relative" and not one_state:
-        raise UserError(f"{folder} was trained to compare actions of one state (--prm-loss bt): it is for --best-of alone")
+        raise UserError(f"{folder} was trained to compare actions of one state (--prm-loss bt, --algo inverseprm): it is for --best-of alone")
     if words.tokens != tokenizer.tokens:
         raise UserError(f"{folder} has another vocabulary than the policy")
     return prm

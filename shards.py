@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def play_shards(shards, folder, device, workers, **options):
             for process in processes:
                 process.start()
             while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
-                processes[0].join(0.2)
+                wait([process.sentinel for process in processes if process.is_alive()], 0.2)
                 yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
             if any(process.exitcode for process in processes):
                 raise UserError("a process that played rollouts has died; the same command continues from the last whole shard")

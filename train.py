@@ -123,7 +123,7 @@ def fork(args, run, games, i, trajectories):
     """Stage 1b with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
     with run.stage(f"iter{i}/forks") as stage:
         by_id = {game.id: game for game in games.train}
-        todo = [(by_id[t.game], n, t.ids[:t.spans[k + 1, 0]])
+        todo = [(by_id[t.game], n, t.ids[:t.spans[k + 1, 0]], k + 1)
                 for n, (t, k) in enumerate((trajectories[j], k) for j, k in forks_of(trajectories, args.forks))]
         play_episodes(args, run, stage, i, "forks", todo)
         if not stage.done:
@@ -181,16 +181,16 @@ def process_reward_model(args, run, games, i, trajectories, name):
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, by_id[t.game])
         table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
         pairs, preferences = preference_pairs(fit, table, args.delta)
-        prm = policy.with_score_head("relative" if args.prm_loss == "bt" else "score")
+        prm = policy.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
-            rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] + fit
+            rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if t.game.split("/")[0] not in held] + fit
             log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
             labels = labels_of(fit, table)
             if args.forks:
-                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma, args.max_steps)) if t.game.split("/")[0] not in held]
+                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if t.game.split("/")[0] not in held]
             log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import experiments
+from common import UserError
 from experiments import ABLATIONS, FIRST, OWN_POLICY, divergence, row, spread
 from flags import parse_flags
 from tiny import assert_refused, in_process, played, random_model
@@ -50,6 +51,17 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
     assert ("three" in names) == ("shape" in name) and len(names) <= 2
     own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
     assert own or name in ("plain", "three")  # it differs from the plain run in something
+
+
+def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    flags = "--rollouts 500 --beta 0.1"
+    (folder / "config.json").write_text(json.dumps({"flags": vars(parse_flags([*flags.split(), "--out", str(folder)]))}))
+    (folder / "result.json").write_text('{"rows": []}')
+    assert experiments.train(folder, f"{flags} --threads 1") == {"rows": []}
+    with pytest.raises(UserError, match="--beta 0.1 -> 0.2"):
+        experiments.train(folder, "--rollouts 500 --beta 0.2")
 
 
 def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):

@@ -208,8 +208,8 @@ def test_visit_statistics():
     stats = visit_statistics(q_table([a, b, c], tokenizer(), 1.0))
     assert (stats["actions"], stats["distinct_pairs"], stats["distinct_states"]) == (6, 3, 2)
     assert stats["visits"] == {"1+": 3, "2+": 2, "4+": 0, "8+": 0, "16+": 0, "32+": 0, "64+": 0}
-    # (look): returns 1, 0, 1 about 2/3; (look, look): 1, 0 about 1/2
-    assert stats["label_variance_where_revisited"] == pytest.approx((3 * (2 / 9) + 2 * 0.25) / 5)
+    # (look): returns 1, 0, 1 about 2/3, from three of them; (look, look): 1, 0 about 1/2, from two
+    assert stats["label_variance_where_revisited"] == pytest.approx((3 * (2 / 9) * 3 / 2 + 2 * 0.25 * 2) / 5)
     assert visit_statistics(q_table([a], tokenizer(), 1.0))["label_variance_where_revisited"] is None
 
 
@@ -224,9 +224,19 @@ def test_statistics_by_visits_are_those_of_a_dictionary():
         if some:
             mine = told_of[f"{low}+"]
             assert mine["pairs"] == len(some) and mine["q_hat"] == pytest.approx(np.mean([np.mean(r) for r in some]))
-            errors = [(r - np.mean(returns)) ** 2 for returns in some for r in returns]
-            assert mine["variance"] == (None if low == 1 else pytest.approx(np.mean(errors)))
+            variances = [np.var(returns, ddof=1) for returns in some for _ in returns] if low > 1 else None
+            assert mine["variance"] == (None if low == 1 else pytest.approx(np.mean(variances)))
     assert len(told_of) > 3
+
+
+def test_the_variance_does_not_depend_on_how_often_one_looked():
+    """Throws of a fair coin, 2, 3 or 40 at each of many pairs: 1/4."""
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 40):
+        pair, G = np.repeat(np.arange(20_000 // n, dtype=np.uint64), n), rng.integers(0, 2, 20_000 // n * n).astype(float)
+        q_hat = np.repeat(G.reshape(-1, n).mean(1), n)
+        stats = visit_statistics({"pair": pair, "state": pair, "count": np.full(len(pair), n), "returns": G, "q_hat": q_hat})
+        assert stats["label_variance_where_revisited"] == pytest.approx(0.25, abs=0.01)
 
 
 def test_held_out_check():
@@ -248,25 +258,31 @@ def test_pearson():
     assert pearson(x, np.ones(50)) is None and pearson([1.0], [2.0]) is None
 
 
+@pytest.mark.parametrize("trajectories", (played, expert_trajectories), ids=("played", "expert"))
+def test_a_rollout_that_began_in_a_transcript_shares_its_names(trajectories):
+    """Its own actions alone are named, as they would be had it played from the start."""
+    for t in trajectories():
+        states, pairs = history_keys(t, tokenizer())
+        for k in range(len(t)):
+            later = history_keys(replace(t, spans=t.spans[k:], logp=t.logp[k:]), tokenizer())
+            assert (later[0] == states[k:]).all() and (later[1] == pairs[k:]).all()
+
+
 # --- rollouts forked from every step ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("K", (1, 3))
 def test_forked_labels_are_means_over_all_that_was_played_behind_an_action(K):
     rng = random.Random(K)
-    trajectories, most = random_trajectories(4), 5
+    trajectories = random_trajectories(4)
     at = forks_of(trajectories, K)
     assert len(at) == K * sum(len(t) - 1 for t in trajectories) and all(k + 1 < len(trajectories[i]) for i, k in at)
     forks = rng.choices(random_trajectories(5), k=len(at))
     seen = {(i, k): [GAMMA ** (len(t) - 1 - k) * t.reward] for i, t in enumerate(trajectories) for k in range(len(t))}
-    late = 0
     for (i, k), fork in zip(at, forks):
-        actions = k + 1 + len(fork)
-        late += fork.won and actions > most
-        seen[i, k].append(GAMMA ** (actions - 1 - k) * fork.won * (actions <= most))
-    labels = forked(trajectories, forks, K, GAMMA, most)
-    assert late
+        seen[i, k].append(GAMMA ** len(fork) * fork.won)
+    labels = forked(trajectories, forks, K, GAMMA)
     for i, (t, (q_hat, weight)) in enumerate(zip(trajectories, labels, strict=True)):
         np.testing.assert_allclose(q_hat, [np.mean(seen[i, k]) for k in range(len(t))], rtol=1e-6)
         assert (weight == 1).all()
     with pytest.raises(ValueError):
-        forked(trajectories, forks[1:], K, GAMMA, most)
+        forked(trajectories, forks[1:], K, GAMMA)

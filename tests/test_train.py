@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from common import UserError, read_model, save_model
+from figures import figures_of
 from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
+from report import read_run
 from runs import load_games
-from shards import load_trajectories, play_shards
+from shards import load_trajectories, play_shards, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
@@ -200,6 +203,33 @@ def assert_forked(folder, trajectories, forks):
         assert fork.game == t.game and fork.spans[0, 0] == begun and (fork.ids[:begun] == t.ids[:begun]).all()
         differ += n % 2 and not np.array_equal(fork.ids, forks[n - 1].ids)
     assert differ > len(at) / 8
+    assert all(k + 1 + len(fork) <= 8 for (_, k), fork in zip(at, forks))  # --max-steps counts from the start
+
+
+def test_labels_of_forks_are_those_of_the_rollouts_that_are_fitted(run, tmp_path, monkeypatch):
+    """With every third fork said to have won: the PRM is given the labels of its own trajectories."""
+    folder = copy_of(run, tmp_path, "--iters", "1", "--forks", "2")
+    for stage in ("prm", "dpo"):
+        (folder / f"iter1/{stage}.json").unlink()
+    (folder / "iter1/again.json").write_text("{}")
+    capture(monkeypatch, folder, "iter1/again", "train_prm")
+    for file in sorted((folder / "iter1/forks").glob("*.safetensors")):
+        forks = load_trajectories(file)
+        save_trajectories(file, [replace(t, won=True, reward=1.0) if t.episode % 3 == 0 else t for t in forks])
+    (folder / "iter1/again.json").write_text("{}")
+    _, _, fitted, objective, *_ = capture(monkeypatch, folder, "iter1/again", "train_prm")[:-1]
+    everything = rollouts_in(folder / "iter1")
+    at = [(i, k) for i, t in enumerate(everything) for k in range(len(t) - 1) for _ in range(2)]
+    forks = sorted(rollouts_in(folder / "iter1", "forks"), key=lambda t: t.episode)
+    expected = {}
+    for n, ((i, k), fork) in enumerate(zip(at, forks, strict=True)):
+        expected[i, k] = expected.get((i, k), 0.95 ** (len(everything[i]) - 1 - k) * everything[i].reward / 3) + 0.95 ** len(fork) * (n % 3 == 0 or fork.reward) / 3
+    number = {(t.game, t.episode): i for i, t in enumerate(everything)}
+    picked = [number[t.game, t.episode] for t in fitted]
+    wanted = np.concatenate([[*(expected[i, k] for k in range(len(everything[i]) - 1)), everything[i].reward] for i in picked])
+    assert 0 < len(picked) < len(everything) and wanted.max() > 0
+    best = [torch.logit(torch.from_numpy(part), eps=1e-7) for part in np.split(wanted.astype(np.float32), np.cumsum([len(t) for t in fitted])[:-1])]
+    assert objective.loss(best, range(len(fitted)), sum(objective.weights))[1]["excess"][0] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("flags", (
@@ -223,9 +253,9 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     done = in_process(train_main, read(folder / "config.json")["words"], monkeypatch, capsys)
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
-    assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == ("bt" not in flags)
+    assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == (not {"bt", "inverseprm"} & set(flags))
     assert told["expert_preferred"].keys() == {"to_chance", "to_policy"} and all(0 <= share <= 1 for share in told["expert_preferred"].values())
-    assert after.config.head == ("relative" if "bt" in flags else "score")
+    assert after.config.head == ("relative" if {"bt", "inverseprm"} & set(flags) else "score")
     changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
     lost = "--forks" in flags and not read(folder / "iter1/forks.json")["success"]  # forked or not, nothing was won
     assert changed == ("--ensemble" not in flags and not lost)  # the first of an ensemble is the one that would stand alone
@@ -235,6 +265,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
         log = read(folder / "iter1/dpo.json")["log"]
         assert all(0 <= entry["true/success"] <= 1 and 0 < entry["prm/q"] < 1 and entry["prm/disagreement"] > 0 for entry in log)
     if "--forks" in flags:
+        assert figures_of(read_run(folder))
         assert_forked(folder, rollouts_in(folder / "iter1"), sorted(rollouts_in(folder / "iter1", "forks"), key=lambda t: t.episode))
     if "--shape-with" in flags:
         assert (folder / "iter0/value/config.json").exists()
@@ -249,10 +280,14 @@ def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
     weights, others = (options["weigh"](some) for some in (trajectories, poisoned))
     assert all((a == b).all() for a, b in zip(weights, others)) and any(w.any() for w in weights)
     folder = copy_of(run, tmp_path / "again", "--algo", "inverseprm")
+    shutil.rmtree(folder / "iter1/rollouts")
+    shutil.copytree(folder / "iter2/rollouts", folder / "iter1/rollouts")  # so that what is held out of the one is there in the other
     prm, policy, _, demonstrations, rollouts, *_ = capture(monkeypatch, folder, "iter2/prm", "train_inverse_prm")
     assert same(policy, read_model(folder / "iter1/policy")[0]) and same(prm.model, policy.model)
-    played = [t for i in (1, 2) for file in sorted((folder / f"iter{i}/rollouts").iterdir()) for t in load_trajectories(file)]
-    assert 24 < len(rollouts) < len(played) == 48 and 0 < len(demonstrations) < 64  # all learners so far, without the folders held out
+    seen = Counter((t.game, t.episode) for t in rollouts)
+    assert 0 < len(seen) < 24 and set(seen.values()) == {2}  # of all learners so far, without the folders held out
+    held = {t.game.split("/")[0] for t in rollouts_in(folder / "iter2")} - {game.split("/")[0] for game, _ in seen}
+    assert 0 < len(demonstrations) < 64 and not held & {demo.game.split("/")[0] for demo, _ in demonstrations}
 
 
 # --- interruptions -----------------------------------------------------------------------------------------------------------------
@@ -333,6 +368,11 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
     (("--shape-with", "/nowhere"), ("/nowhere",)),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
+    (("--hide-ends",), ("--hide-ends", "inverseprm")),
+    (("--shape", "potential"), ("--shape potential", "--shape-with")),
+    (("--ensemble-by", "min"), ("--ensemble-by min",)),
+    (("--state", "world", "--algo", "inverseprm"), ("--state world",)),
+    (("--track-hacking", "--prm-loss", "bt"), ("--track-hacking",)),
     (("--forks", "2", "--prm-loss", "bt"), ("--forks",)),
     (("--forks", "2", "--state", "world"), ("--forks", "world")),
     (("--init", "/nowhere"), ("/nowhere", "no model there")),
