@@ -29,7 +29,7 @@ def games_of_run(run, split, data):
     games, source = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
     if split != "dev":
         return games, source
-    dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags["without"]]
+    dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags.get("without")]
     return dev, f"{len(dev)} games held out of {source}"
 
 
