@@ -199,7 +199,7 @@ def process_reward_model(args, run, games, i, trajectories, name):
                       "visits": visit_statistics(table), "preferences": preferences, "log": log})
 
 
-def expert_preferred(args, prm, policy, tokenizer, games, demos=100):
+def expert_preferred(args, prm, policy, tokenizer, games, demos=300):
     """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes."""
     by_id, rng = {game.id: game for game in games.dev}, generator(args.seed, "against chance")
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=demos, seed=args.seed, mistakes=0.0, max_steps=args.max_steps,
