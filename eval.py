@@ -229,31 +229,30 @@ def main():
         print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
         return 0
     start = time.monotonic()
-    common = dict(episodes_per_game=args.episodes_per_game, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
+    common = dict(max_steps=args.max_steps, seed=args.seed, make_env=make_env)
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
         searches = args.best_of > 1 or args.beam or args.best_of_episodes > 1
         prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if searches or args.watch and args.prm else None
         common |= dict(temperature=args.temperature, slots=args.slots)
+        choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
         if args.watch:
             game = games[generator(args.seed, "watch").integers(len(games))]
-            choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
-            del common["episodes_per_game"]
             [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=choose, admissible=args.admissible, **common)
             print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
             return 0
+        common["episodes_per_game"] = args.episodes_per_game
         if args.beam:
             result = evaluate_beams(policy, prm, tokenizer, games, *args.beam, **common)
         elif args.best_of_episodes > 1:
             result = evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, **common)
         else:
-            choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
             common["slots"] = args.slots or slots_for(policy, args.best_of)
             result = evaluate_policy(policy, tokenizer, games, choose=choose, admissible=args.admissible, predictions=args.lookahead > 0, **common)
     else:
         prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
-        result = evaluate_scripted(args.agent, games, prior=prior, **common)
+        result = evaluate_scripted(args.agent, games, prior=prior, episodes_per_game=args.episodes_per_game, **common)
     result = {"agent": args.agent, "split": args.split, **result, "max_steps": args.max_steps,
               "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "lookahead": args.lookahead,
               "beam": args.beam and "{}x{}".format(*args.beam), "best_of_episodes": args.best_of_episodes, "admissible": args.admissible,

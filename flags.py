@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from common import Parser, UserError
+from common import Parser, UserError, read_json
 from env import TASK_TYPES
 from games import GAMES
 
@@ -148,6 +148,9 @@ def parse_flags(argv=None, doc=None):
         raise UserError("--forks makes the labels of single rollouts: not with --shape-with, --curiosity or --state world")
     if args.shape_with and not Path(args.shape_with, "prm/config.json").exists():
         raise UserError(f"--shape-with {args.shape_with}: no PRM there; name an iteration of a run, such as runs/default/iter3")
+    config = Path(args.init or "", "../../config.json")
+    if args.steer and args.init and not (config.exists() and read_json(config)["flags"].get("steer")):
+        raise UserError(f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out")
     if args.targets != "mc" and args.prm_loss != "promise-progress":
         raise UserError(f"--targets {args.targets}: labels that bootstrap are for --prm-loss promise-progress")
     if inverse and args.imitate_by:

@@ -65,16 +65,20 @@ def load_split(data_dir, split):
     return [Game.load(path) for path in tqdm(game_files(data_dir, split), f"load {split}", unit="game", leave=False, disable=None)]
 
 
+def task_folder(game_id):
+    """The folder of a game's task: its trials have the same sentence and room."""
+    return game_id.split("/")[0]
+
+
 def split_dev(games, n=200, seed=0):
     """Hold out about n of the train games by task folder, spread over task types as the games are -> (train, dev).
 
-    Trials of one task have the same sentence and room, so a folder is held out as a whole. The choice depends on the games
-    and `seed` alone (leave it: dev is the same for all runs). Never more than a fifth of the games.
+    A folder is held out as a whole. The choice depends on the games and `seed` alone (leave it: dev is the same for all runs). Never more than a fifth of the games.
     """
     n = min(n, len(games) // 5)
     tasks = {}
     for game in games:
-        tasks.setdefault((game.task_type, game.id.split("/")[0]), []).append(game.id)
+        tasks.setdefault((game.task_type, task_folder(game.id)), []).append(game.id)
     order = sorted(tasks)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda task: task[0])  # stable: shuffled within each task type
@@ -135,7 +139,7 @@ def write_games(games, out_dir, split):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{out_dir}: cannot be written to ({error.strerror})") from None
-        task_type, o, _, target, scene = id_.split("/")[0].split("-")
+        task_type, o, _, target, scene = task_folder(id_).split("-")
         look = task_type == "look_at_obj_in_light"
         parameters = {"object_target": o, "parent_target": "" if look else target, "toggle_target": target if look else "",
                       "mrecep_target": "", "object_sliced": False}

@@ -22,6 +22,7 @@ from dpo import online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
+from games import task_folder
 from inverse_prm import train_inverse_prm
 from model import Config, Transformer
 from prm import actions_of, fit_labels, pair_accuracy, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
@@ -39,7 +40,7 @@ def main():
     ranks.join(args.out)
     set_up_torch(args.threads)
     run = Run(args)
-    games = load_games(args, run)  # .train, .dev, .test {split: games}, .counts
+    games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id, .counts
     estimate(args, run, games)
     supervised(args, run, games)
     if args.shape_with:
@@ -122,9 +123,8 @@ def sampled_tokens(trajectories):
 def fork(args, run, games, i, trajectories):
     """Stage 1b with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
     with run.stage(f"iter{i}/forks") as stage:
-        by_id = {game.id: game for game in games.train}
-        todo = [(by_id[t.game], n, t.ids[:t.spans[k + 1, 0]], k + 1)
-                for n, (t, k) in enumerate((trajectories[j], k) for j, k in forks_of(trajectories, args.forks))]
+        todo = [(games.by_id[trajectories[j].game], n, trajectories[j].ids[:trajectories[j].spans[k + 1, 0]], k + 1)
+                for n, (j, k) in enumerate(forks_of(trajectories, args.forks))]
         play_episodes(args, run, stage, i, "forks", todo)
         if not stage.done:
             forks = forks_in(run, i)
@@ -140,12 +140,12 @@ def explore(args, run, games, i, todo):
     """Let a share of the episodes begin at a random state of a random demonstration (P1, reset distribution), or be told a strategy (P1, steered)."""
     tokenizer = Tokenizer.load(run.path / f"iter{i - 1}/policy")
     demos = [demo for demo, _ in demonstrations(args, games, tokenizer)] if args.reset_frac else []
-    by_id, out = {game.id: game for game in games.train}, []
+    out = []
     for n, (game, number) in enumerate(todo):
         rng = generator(args.seed, "explore", i, n)
         if rng.random() < args.reset_frac:
             demo = demos[rng.integers(len(demos))]
-            out.append((by_id[demo.game], FROM_DEMONSTRATION + n, demo.ids[:demo.spans[rng.integers(len(demo)), 0]]))
+            out.append((games.by_id[demo.game], FROM_DEMONSTRATION + n, demo.ids[:demo.spans[rng.integers(len(demo)), 0]]))
         elif rng.random() < args.steer:
             out.append((game, number, np.array(tokenizer.prompt(*split_intro(hinted(game.intro, rng.choice(receptacle_types(game))))), np.int32)))
         else:
@@ -173,24 +173,23 @@ def process_reward_model(args, run, games, i, trajectories, name):
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
-        folders = sorted({t.game.split("/")[0] for t in trajectories})
+        folders = sorted({task_folder(t.game) for t in trajectories})
         chosen = generator(args.seed, "held out", i).permutation(len(folders))[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))]
         held = {folders[f] for f in chosen}
-        fit, test = ([t for t in trajectories if (t.game.split("/")[0] in held) == out] for out in (False, True))
-        by_id = {game.id: game for game in games.train}
-        keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, by_id[t.game])
+        fit, test = ([t for t in trajectories if (task_folder(t.game) in held) == out] for out in (False, True))
+        keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
         table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
         pairs, preferences = preference_pairs(fit, table, args.delta)
         prm = policy.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
-            rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if t.game.split("/")[0] not in held] + fit
+            rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
             log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
             labels = labels_of(fit, table)
             if args.forks:
-                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if t.game.split("/")[0] not in held]
+                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
             log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
@@ -201,10 +200,10 @@ def process_reward_model(args, run, games, i, trajectories, name):
 
 def expert_preferred(args, prm, policy, tokenizer, games, demos=300):
     """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes."""
-    by_id, rng = {game.id: game for game in games.dev}, generator(args.seed, "against chance")
+    rng = generator(args.seed, "against chance")
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=demos, seed=args.seed, mistakes=0.0, max_steps=args.max_steps,
                                                   context=args.context)]
-    return {"to_chance": pair_accuracy(prm, episodes, [against_chance(t, tokenizer, by_id[t.game], rng) for t in episodes]),
+    return {"to_chance": pair_accuracy(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes]),
             "to_policy": pair_accuracy(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])}
 
 
@@ -258,7 +257,7 @@ def demonstrations(args, games, tokenizer, held=()):
     """Those that π_0 was trained on, without those of the task folders `held`. -> [(Trajectory, taught (T,) bool)]"""
     demos = expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
                                 max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
-    return [demo for demo in demos if demo[0].game.split("/")[0] not in held]
+    return [demo for demo in demos if task_folder(demo[0].game) not in held]
 
 
 def improve(args, run, games, i, trajectories):

@@ -367,6 +367,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--algo", "inverseprm", "--imitate-by", "progress"), ("--imitate-by progress", "expert")),
     (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
     (("--shape-with", "/nowhere"), ("/nowhere",)),
+    (("--steer", "0.5", "--init", "/nowhere/iter0/policy"), ("--steer", "/nowhere", "--init")),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
     (("--shape", "potential"), ("--shape potential", "--shape-with")),
