@@ -165,7 +165,7 @@ def estimate(args, run, games):
 
 
 def final_table(args, run):
-    """Print π_0 … π_N on every split, choose the best on dev, write result.json and best/policy, best/prm."""
+    """Print π_0 … π_N on every split, choose the best on dev, write result.json and best/: policy, prm, and in run.json where they come from."""
     if rank():
         return
     run.write_metrics()  # for a run killed before it had written its last line
@@ -192,6 +192,7 @@ def final_table(args, run):
         shutil.rmtree(target, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, target)
+    write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
     print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")
     print(*lines, sep="\n")
     print(f"{sum(seconds.values()) / 60:.1f} min in all")

@@ -3,7 +3,7 @@
     python tests/kill_test.py --kills 10     # train.py --smoke; some minutes
 
 The whole process group gets SIGKILL: nothing can be tidied up. Afterwards every file of both runs must be equal, byte for byte:
-metrics, rollouts, weights. Only the clock (state.json) and the command line (in config.json) may differ. The stages of a smoke
+metrics, rollouts, weights. Only the clock (state.json) and the command line (in config.json, best/run.json) may differ. The stages of a smoke
 run last seconds, so that training saves its place every half second here instead of every ten: kills fall between two saves, too.
 """
 
@@ -78,7 +78,9 @@ def kill(out, flags, stages, seconds):
 def files(out):
     """{path within the run: content} of everything that must not depend on interruptions."""
     content = {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file() and f.suffix != ".tmp" and f.name != "state.json"}
-    content["config.json"] = {k: v for k, v in json.loads(content["config.json"])["flags"].items() if k != "out"}
+    for name in {"config.json", "best/run.json"} & content.keys():
+        told = json.loads(content[name])
+        content[name] = {**told["flags"], "out": None, "data": told.get("data"), "metrics": told.get("metrics")}
     return content
 
 

@@ -59,6 +59,9 @@ def test_a_run_ends_with_a_table_of_all_policies(run):
     for name, head in (("policy", "lm"), ("prm", "score"))[:1 + (best > 0)]:
         mine, of_iteration = (read_model(folder / where / name, head=head)[0].state_dict() for where in ("best", f"iter{best}"))
         assert all(torch.equal(mine[k], of_iteration[k]) for k in mine)
+    whence = read(folder / "best/run.json")
+    assert whence["metrics"] == result["rows"][best] and whence["data"] == result["data"] and "train.py" in whence["command"] and whence["flags"]["iters"] == 2
+    assert whence["versions"]["torch"] == torch.__version__
 
 
 def test_every_stage_leaves_its_record(run):
