@@ -101,7 +101,8 @@ def row(folders):
     prms = [read_json(sorted(folder.glob("iter*/prm.json"))[-1]) for folder in folders]
     cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, -1)]
     held_out = [prm["held_out"] for prm in prms]
-    return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]), *(spread([p["expert_preferred"][to] for p in prms]) for to in ("to_policy", "to_chance"))]
+    return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]),
+                    *(spread([prm["expert_preferred"][to] for prm in prms]) for to in ("to_policy", "to_chance"))]
 
 
 HEAD = ("", "dev: π_0", "π_last", "valid_seen: π_0", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
@@ -139,7 +140,8 @@ def q_hat(args):
             cells = [who, str(each), f"{np.mean([t.won for t in trajectories]):.1%}"]
             for keys in (history_keys, lambda t, tokenizer: world_keys(t, tokenizer, by_id[t.game])):
                 check, table = held_out_check(trajectories, tokenizer, 0.95, keys), visit_statistics(q_table(trajectories, tokenizer, 0.95, keys))
-                cells += [f"{table['actions'] / table['distinct_pairs']:.1f}", spread([table['label_variance_where_revisited']], 1, 3), f"{spread([check['pearson']], 1, 2)} ({check['pairs']:,})"]
+                cells += [f"{table['actions'] / table['distinct_pairs']:.1f}", spread([table['label_variance_where_revisited']], 1, 3),
+                          f"{spread([check['pearson']], 1, 2)} ({check['pairs']:,})"]
             rows.append(cells)
     per_state = "visits of an (s, a)", "variance of returns about Q̂", "correlation (pairs)"
     print(f"{PLAYED:,} rollouts; Q̂ of one half against the returns of the other, by equal histories and by equal states of the world")

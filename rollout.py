@@ -67,7 +67,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None,
     """Yield a Trajectory for each (game, episode number), in the order in which they end.
 
     An episode (game, number, ids) begins in the midst of a transcript, `ids` up to an <act>: the actions in it are played first, and
-    neither count nor belong to the Trajectory's own (its `spans`); (game, number, ids, n): n of them count. temperature 0 is greedy. slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
+    neither count nor belong to the Trajectory's own (its `spans`); (game, number, ids, n): n of them count. temperature 0 is greedy.
+    slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
     `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
     `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
 

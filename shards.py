@@ -21,8 +21,8 @@ from rollout import Trajectory, rollout
 def play_shards(shards, folder, device, workers, **options):
     """Play each shard [(file, episodes)] that is not on disk yet with the policy in `folder`, in `workers` processes of one thread each.
 
-    Yields, many times, how many episodes have ended and been won so far, and the bytes of memory that the processes have held at most. A shard is the same whoever plays it, and whenever:
-    one thread, its own batch, randomness by name. UserError if a process dies.
+    Yields, many times, how many episodes have ended and been won so far, and the bytes of memory that the processes have held at most.
+    A shard is the same whoever plays it, and whenever: one thread, its own batch, randomness by name. UserError if a process dies.
     """
     missing = [shard for shard in shards if not shard[0].exists()]
     ended = [sum(len(episodes) for file, episodes in shards if file.exists()), 0, 0]

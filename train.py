@@ -97,8 +97,9 @@ def roll_out(args, run, games, i):
         if not stage.done:
             actions = sum(map(len, trajectories))
             plain = [t.won for t in trajectories if t.episode < FROM_DEMONSTRATION]
-            stage.finish({"episodes": len(trajectories), "success": sum(plain) / len(plain) if plain else None, "begun_in_demonstrations": len(trajectories) - len(plain),
-                          "mean_actions": actions / len(trajectories), "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions), "sampled_tokens": sampled_tokens(trajectories),
+            stage.finish({"episodes": len(trajectories), "success": sum(plain) / len(plain) if plain else None,
+                          "begun_in_demonstrations": len(trajectories) - len(plain), "mean_actions": actions / len(trajectories),
+                          "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions), "sampled_tokens": sampled_tokens(trajectories),
                           "q_hat_check": held_out_check(trajectories, Tokenizer.load(run.path / f"iter{i - 1}/policy"), args.gamma)})
         return trajectories
 
@@ -108,8 +109,9 @@ def play_episodes(args, run, stage, i, name, todo):
     shards = [(run.path / f"iter{i}/{name}/{n:05d}.safetensors", todo[start:start + args.shard]) for n, start in enumerate(range(0, len(todo), args.shard))]
     if not ranks.first_says(all(file.exists() for file, _ in shards)):
         with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"{name} {i}", unit="episode", dynamic_ncols=True) as bar:
-            for ended, won, stage.workers_memory in play_shards(ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
-                                                                seed=key(f"{name} {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
+            for ended, won, stage.workers_memory in play_shards(
+                    ranks.mine(shards), run.path / f"iter{i - 1}/policy", run.device, run.workers, temperature=args.rollout_temperature,
+                    seed=key(f"{name} {args.seed} {i}"), slots=args.slots, max_steps=args.max_steps):
                 bar.update(ended - bar.n)
                 bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
     ranks.wait()
