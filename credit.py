@@ -47,17 +47,13 @@ def progress(trajectory, q):
 
 
 def like_the_expert(trajectory, f, gamma, hide_ends=False):
-    """How much more a rollout looks like the expert's than like a learner's from each action on, (T,): the mean of r over that transition and
-    all after it, where positive. f (T,): scores of InversePRM; r = f(s, a) − γ f(s', a') is the reward that it has learned, the
-    logit of being the expert's. What makes no transition (see `transitions`) gets 0.
-
-    A single r says little, for most of a learner's actions are as good as any; the mean, unlike a sum, does not ask for short or long episodes.
+    """The chance that each transition of a rollout is the expert's, σ(r), r = f(s, a) − γ f(s', a') being the reward that InversePRM has
+    learned; f (T,): its scores. What makes no transition (see `transitions`) gets 0. -> (T,)
     """
-    actions, _ = transitions(trajectory, hide_ends=hide_ends)
-    r = (f - gamma * np.append(f[1:], 0))[actions]
-    gain = np.zeros(len(trajectory))
-    gain[actions] = np.maximum(0, np.cumsum(r[::-1])[::-1] / np.arange(len(r), 0, -1))
-    return gain
+    actions, ended = transitions(trajectory, hide_ends=hide_ends)
+    chance = np.zeros(len(trajectory))
+    chance[actions] = sigmoid((f - gamma * np.append(f[1:], 0))[actions])
+    return chance
 
 
 def imitated(trajectory, gain, obs_weight):

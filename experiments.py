@@ -37,6 +37,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed
     "longer-sft": "--sft-updates 1281 --rollouts 64 --pairs 16",
     "inverse": "--algo inverseprm --iters 2",
     "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
+    "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
     "bt": "--prm-loss bt",
     "promise-mc": "--prm-loss promise-progress",
     "promise-td": "--prm-loss promise-progress --targets td-gae",

@@ -201,12 +201,11 @@ def test_progress_is_what_an_action_added_and_reads_no_outcome():
 
 @pytest.mark.parametrize("hide_ends", (False, True))
 def test_what_looks_like_the_expert_is_told_by_the_reward_alone(hide_ends):
-    """The mean of r = f − γ f' (f at an end) from an action on; where a rollout was cut, or ends are hidden, its last action has no r, and no worth."""
+    """σ(f − γ f'), f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no worth."""
     seen = set()
     for t in (*played(), *expert_trajectories()[:10]):
         f = np.random.default_rng(0).normal(size=len(t)) * 3
-        r = [f[k] - 0.9 * f[k + 1] for k in range(len(t) - 1)] + [f[-1]] * (not (t.truncated or hide_ends))
-        expected = [max(0, sum(r[k:]) / len(r[k:])) if r[k:] else 0 for k in range(len(t))]
+        expected = [1 / (1 + np.exp(-(f[k] - 0.9 * f[k + 1]))) for k in range(len(t) - 1)] + [0 if t.truncated or hide_ends else 1 / (1 + np.exp(-f[-1]))]
         np.testing.assert_allclose(like_the_expert(t, f, 0.9, hide_ends), expected)
         other = copy.copy(t)
         other.won, other.reward = not t.won, 1 - t.reward
