@@ -26,9 +26,8 @@ from rollout import action_logprobs, rollout
 from runs import same_flags
 from sft import expert_trajectories
 
-ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed} is the folder of the seed's runs
-    "plain": "",
-    "three": "--iters 3",
+ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {plain} is the plain run of the seed
+    "plain": "--iters 3",
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
@@ -48,8 +47,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {seed
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
     "reset": "--reset-frac 0.5",
     "steer": "--steer 0.5",
-    "shape": "--shape-with {seed}/three/iter3",
-    "shape-potential": "--shape-with {seed}/three/iter3 --shape potential",
+    "shape": "--shape-with {plain}/iter3",
+    "shape-potential": "--shape-with {plain}/iter3 --shape potential",
     "world": "--state world",
     "curiosity": "--curiosity 0.1",
     "ensemble": "--ensemble 3",
@@ -81,11 +80,9 @@ def train(folder, flags):
 def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
-    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(seed=shlex.quote(str(home))) + f" {args.flags}"
+    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(plain=shlex.quote(str(home / "plain"))) + f" {args.flags}"
     if name not in OWN_POLICY:
         flags += f" --init {shlex.quote(str(ablation(args, 'plain', seed) / 'iter0/policy'))}"
-    if "{seed}/three" in ABLATIONS[name]:
-        ablation(args, "three", seed)
     train(home / name, flags)
     return home / name
 
@@ -97,16 +94,16 @@ def spread(values, scale=100, digits=1):
 
 
 def row(folders):
-    """What the runs of one ablation came to, over seeds -> cells of text."""
+    """What the runs of one ablation came to, over seeds: success of π_0, π_1 and the last policy, and the report card of the first PRM. -> cells of text"""
     results = [read_json(folder / "result.json")["rows"] for folder in folders]
-    prms = [read_json(sorted(folder.glob("iter*/prm.json"))[-1]) for folder in folders]
-    cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, -1)]
+    prms = [read_json(folder / "iter1/prm.json") for folder in folders]
+    cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, 1, -1)]
     held_out = [prm["held_out"] for prm in prms]
     return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]),
                     *(spread([prm["expert_preferred"][to] for prm in prms]) for to in ("to_policy", "to_chance"))]
 
 
-HEAD = ("", "dev: π_0", "π_last", "valid_seen: π_0", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
+HEAD = ("", "dev: π_0", "π_1", "π_last", "valid_seen: π_0", "π_1", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
 
 
 def markdown(head, rows):
