@@ -33,7 +33,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {plai
     "imitation-alone": "--min-gap 1",
     "dpo-alone": "--imitate 0 --dpo-lr 3e-5",
     "last-states": "--iters 3 --states-of last",
-    "longer-sft": "--sft-updates 1281 --rollouts 64 --pairs 16",
+    "longer-sft": "--sft-updates 2281 --rollouts 64 --pairs 16",  # as many updates more as one iteration has
+    "longest-sft": "--sft-updates 3843 --rollouts 64 --pairs 16",  # as three iterations have
     "inverse": "--algo inverseprm --iters 2",
     "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
     "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
@@ -56,7 +57,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {plai
     "without-heat": "--without pick_heat_then_place_in_recep",
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
 }
-OWN_POLICY = ("plain", "longer-sft", "steer", "without-heat", "noise-10", "noise-25", "noise-50")  # where π_0 is trained; the others begin with plain's
+OWN_POLICY = ("plain", "longer-sft", "longest-sft", "steer", "without-heat", "noise-10", "noise-25", "noise-50")  # where π_0 is trained; the others begin with plain's
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds

@@ -235,8 +235,8 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--demos", type=int, default=700, help="demonstrations")
-    parser.add_argument("--updates", type=int, default=500, help="updates at least; demonstrations are told again with other numbers")
+    parser.add_argument("--demos", type=int, default=400, help="demonstrations")
+    parser.add_argument("--updates", type=int, default=1500, help="updates at least; demonstrations are told again with other numbers")
     parser.add_argument("--glances", type=int, default=300, help="updates before them on single turns of the demonstrations")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")

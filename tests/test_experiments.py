@@ -43,7 +43,7 @@ def runs_of(monkeypatch, tmp_path, name):
 def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_one(monkeypatch, tmp_path, name):
     *before, (folder, flags) = runs_of(monkeypatch, tmp_path, name)
     assert folder == tmp_path / "7" / name and flags.seed == 7 and flags.threads == 1
-    assert flags.rollouts == {"longer-sft": 64, "forks": 90, "forks-8": 720}.get(name, 500)
+    assert flags.rollouts == {"longer-sft": 64, "longest-sft": 64, "forks": 90, "forks-8": 720}.get(name, 500)
     assert (flags.init is None) == (name in OWN_POLICY)
     names = [done.name for done, _ in before]
     if name not in OWN_POLICY:
