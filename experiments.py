@@ -26,38 +26,42 @@ from rollout import action_logprobs, rollout
 from runs import same_flags
 from sft import expert_trajectories
 
-ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {plain} is the plain run of the seed
+ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home} is the folder of the seed's runs
     "plain": "--iters 3",
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
-    "dpo-alone": "--imitate 0 --dpo-lr 3e-5",
     "last-states": "--iters 3 --states-of last",
-    "longer-sft": "--sft-updates 2281 --rollouts 64 --pairs 16",  # as many updates more as one iteration has
-    "longest-sft": "--sft-updates 3843 --rollouts 64 --pairs 16",  # as three iterations have
+    "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has
+    "longest-sft": "--iters 0 --sft-updates 3843",  # as three iterations have
+    "hacking": "--imitate 0 --dpo-lr 3e-5 --track-hacking",  # DPO alone
+    "hacking-ensemble": "--imitate 0 --dpo-lr 3e-5 --track-hacking --ensemble 3 --ensemble-by min",
+    "of-each": "--imitate 0 --dpo-lr 3e-5 --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
+    "bt": "--imitate 0 --dpo-lr 3e-5 --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
     "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
     "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
-    "bt": "--prm-loss bt",
-    "promise-mc": "--prm-loss promise-progress",
-    "promise-td": "--prm-loss promise-progress --targets td-gae",
-    "promise-td-1": "--prm-loss promise-progress --targets td-gae --gamma 1",
-    "promise-sarsa": "--prm-loss promise-progress --targets sarsa",
-    "forks": "--prm-loss promise-progress --forks 4 --rollouts 90 --prm-epochs 88 --pairs 16",  # as many sampled tokens as 4,000 rollouts, as many updates
-    "forks-8": "--prm-loss promise-progress --forks 4 --rollouts 720 --prm-epochs 11 --pairs 16",  # eight times as many
+    "inverse-control": "--algo inverseprm --iters 2 --imitate-by all --min-gap 1e9",  # what is left without the learned reward: its own admissible actions
+    "promise": "--prm-loss promise-progress --targets td-gae",
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
+    **{f"labels-{name}": f"--prm-loss promise-progress --prm-obs-weight 0 --pairs 16 {flags}" for name, flags in {  # labels compared: nothing but the PRM is trained
+        "mc": "", "td": "--targets td-gae", "td-1": "--targets td-gae --gamma 1", "sarsa": "--targets sarsa",
+        "forks": "--forks 4 --rollouts 90 --prm-epochs 88",  # as many sampled tokens as 4,000 rollouts, as many updates
+        "forks-8": "--forks 4 --rollouts 720 --prm-epochs 11"}.items()},  # eight times as many tokens
     "reset": "--reset-frac 0.5",
     "steer": "--steer 0.5",
-    "shape": "--shape-with {plain}/iter3",
-    "shape-potential": "--shape-with {plain}/iter3 --shape potential",
+    "unsteered": "--init {home}/steer/iter0/policy",  # the policy of steer, not told any strategy
+    "shape": "--shape-with {home}/plain/iter3",
+    "shape-potential": "--shape-with {home}/plain/iter3 --shape potential",
     "world": "--state world",
-    "curiosity": "--curiosity 0.1",
+    "curiosity": "--state world --curiosity 0.1",  # hardly any history is met twice
     "ensemble": "--ensemble 3",
     "ensemble-min": "--ensemble 3 --ensemble-by min",
     "without-heat": "--without pick_heat_then_place_in_recep",
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
+    **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "longer-sft", "longest-sft", "steer", "without-heat", "noise-10", "noise-25", "noise-50")  # where π_0 is trained; the others begin with plain's
+OWN_POLICY = ("plain", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
@@ -81,8 +85,10 @@ def train(folder, flags):
 def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
-    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} " + ABLATIONS[name].format(plain=shlex.quote(str(home / "plain"))) + f" {args.flags}"
-    if name not in OWN_POLICY:
+    flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
+    if name == "unsteered":
+        ablation(args, "steer", seed)
+    elif name not in OWN_POLICY:
         flags += f" --init {shlex.quote(str(ablation(args, 'plain', seed) / 'iter0/policy'))}"
     train(home / name, flags)
     return home / name
@@ -97,8 +103,13 @@ def spread(values, scale=100, digits=1):
 def row(folders):
     """What the runs of one ablation came to, over seeds: success of π_0, π_1 and the last policy, and the report card of the first PRM. -> cells of text"""
     results = [read_json(folder / "result.json")["rows"] for folder in folders]
+    if folders[0].name.startswith("labels"):  # stage 3 was left out
+        results = [rows[:1] for rows in results]
+    last = len(results[0]) - 1
+    cells = [spread([rows[i][split]["success"] for rows in results]) if i <= last and split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, 1, max(1, last))]
+    if not (folders[0] / "iter1/prm.json").exists():
+        return [*cells, *"––––"]
     prms = [read_json(folder / "iter1/prm.json") for folder in folders]
-    cells = [spread([rows[i][split]["success"] for rows in results]) if split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, 1, -1)]
     held_out = [prm["held_out"] for prm in prms]
     return cells + [spread([h.get("pearson_returns") for h in held_out], 1, 2), spread([h["pair_accuracy"] for h in held_out]),
                     *(spread([prm["expert_preferred"][to] for prm in prms]) for to in ("to_policy", "to_chance"))]

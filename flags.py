@@ -25,12 +25,12 @@ def parse_flags(argv=None, doc=None):
     def add(group, flag, default, help, **kw):
         if type(default) in (int, float) and "type" not in kw:
             kw["type"] = type(default)
-        if kw.get("type", type(default)) is int and flag not in ("--seed", "--glances", "--forks"):
+        if kw.get("type", type(default)) is int and flag not in ("--iters", "--seed", "--glances", "--forks"):
             small.append(flag[2:].replace("-", "_"))
         group.add_argument(flag, default=default, help=help, **kw)
 
     g = parser.add_argument_group("run")
-    add(g, "--iters", 3, "iterations of rollouts, PRM and DPO")
+    add(g, "--iters", 3, "iterations of rollouts, PRM and DPO; 0: π_0 alone")
     add(g, "--rollouts", 70000, "episodes an iteration, in all")
     add(g, "--rollouts-per-game", 16, "episodes of each game, at most; games in shuffled order, each once before any twice")
     add(g, "--min-games", 4000, "games an iteration plays at least, if there are so many: where --rollouts are few, there are fewer of each game", metavar="N")
@@ -105,10 +105,10 @@ def parse_flags(argv=None, doc=None):
     add(g, "--states-per-trajectory", 1, "states of each")
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
-    add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not "
-        "(default: win; inverseprm imitates what its reward takes for the expert's)", choices=("win", "progress"))
+    add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not; "
+        "all: every admissible action alike, a control (default: win; inverseprm imitates what its reward takes for the expert's)", choices=("win", "progress", "all"))
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, twenty times an iteration")
-    add(g, "--min-gap", 0.02, "smallest difference of Q that makes a preference")
+    add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference")
     g = parser.add_argument_group("evaluation")
     add(g, "--eval-temperature", 0.3, "sampling temperature")
     add(g, "--dev-episodes", 2, "episodes a dev game")
@@ -124,8 +124,8 @@ def parse_flags(argv=None, doc=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
-                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("forks", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
-                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1), ("imitate", 0, 1e9),
+                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("forks", 0, 1e6), ("iters", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
+                            *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1e9), ("imitate", 0, 1e9),
                             ("delta", 0, 1), ("curiosity", 0, 1), ("reset_frac", 0, 1), ("steer", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low:g} … {high:g}")
@@ -153,7 +153,9 @@ def parse_flags(argv=None, doc=None):
         raise UserError(f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out")
     if args.targets != "mc" and args.prm_loss != "promise-progress":
         raise UserError(f"--targets {args.targets}: labels that bootstrap are for --prm-loss promise-progress")
-    if inverse and args.imitate_by:
+    if args.ensemble_by == "min" and (inverse or bt):
+        raise UserError("--ensemble-by min: each PRM of --prm-loss bt or --algo inverseprm has a constant of its own at every state, so their least means nothing: mean")
+    if inverse and args.imitate_by not in (None, "all"):
         raise UserError(f"--imitate-by {args.imitate_by}: --algo inverseprm imitates what its reward takes for the expert's")
     args.imitate_by = args.imitate_by or ("expert" if inverse else "win")
     if bt and args.imitate_by == "progress":

@@ -38,6 +38,21 @@ def transitions(trajectory, taught=None, hide_ends=False):
     return actions, actions == T - 1
 
 
+def told_apart(f_expert, f_learner, gamma, hide_ends=False):
+    """The learned reward on episodes that it was not trained on: its mean on either side, and how often its sign is right (a coin: 0.5).
+
+    f_expert [(Trajectory, taught (T,), f (T,))], f_learner [(Trajectory, None, f)]. What follows is what was done, the expert's own next
+    action too. -> {"expert", "learner": mean r, "accuracy"}; None where a side has no transition
+    """
+    r = []
+    for side in (f_expert, f_learner):
+        taken = [(f - gamma * np.append(f[1:], 0))[transitions(t, taught, hide_ends)[0]] for t, taught, f in side]
+        r.append(np.concatenate(taken) if sum(map(len, taken)) else None)
+    if r[0] is None or r[1] is None:
+        return None
+    return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] > 0).mean() + (r[1] <= 0).mean()) / 2)}
+
+
 def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
                       hide_ends=False, name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log

@@ -86,8 +86,14 @@ def answers_loss(prm, h, ids, spans, total=None):
     return losses / max(1, len(place) if total is None else total)
 
 
-def batches(lengths, batch, rng, pool=8):
-    """An endless stream of index arrays: shuffled epochs, batches of neighbours in length (less padding) out of pools of `pool` batches."""
+def pool_of(n, batch):
+    """Batches that are sorted by length together: 8, fewer of few sequences, for a pool that holds all would give the same batches every epoch."""
+    return max(1, min(8, n // (4 * batch)))
+
+
+def batches(lengths, batch, rng):
+    """An endless stream of index arrays: shuffled epochs, batches of neighbours in length (less padding) out of pools of a few batches."""
+    pool = pool_of(len(lengths), batch)
     while True:
         order = rng.permutation(len(lengths))
         for start in range(0, len(order), batch * pool):
@@ -98,8 +104,9 @@ def batches(lengths, batch, rng, pool=8):
                 yield cuts[i]
 
 
-def epoch_steps(n, batch, pool=8):
+def epoch_steps(n, batch):
     """Updates in one epoch of `batches`."""
+    pool = pool_of(n, batch)
     whole, rest = divmod(n, batch * pool)
     return whole * pool + -(-rest // batch)
 

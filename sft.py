@@ -175,7 +175,7 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
         other = like[rng.integers(len(like))]
         for before, step in zip(demo.steps, demo.steps[1:]):
             taking = step.action.startswith("take ")
-            if step.trained and "you see" in before.observation and taking == (f"a {mine} " in before.observation):
+            if step.trained and "you see" in before.observation and (noise or taking == (f"a {mine} " in before.observation)):  # noise is taught as it is
                 prompt, action = tokenizer.prompt(task, before.observation), tokenizer.action(step.action)
                 ids = tokenizer.swap_names(tokenizer.renumber(np.array(prompt + action), game.counts, rng, any_number=True), mine, other)
                 taught = len(action) if taking else 1

@@ -23,10 +23,10 @@ from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
 from games import task_folder
-from inverse_prm import train_inverse_prm
+from inverse_prm import told_apart, train_inverse_prm
 from model import Config, Transformer
 from prm import actions_of, fit_labels, pair_accuracy, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
-from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, sarsa, shaped, squashed, state_labels, td_gae,
+from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
@@ -186,7 +186,8 @@ def process_reward_model(args, run, games, i, trajectories, name):
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
             rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
-            log = train_inverse_prm(prm, policy, tokenizer, demonstrations(args, games, tokenizer, held), rollouts, games.counts, gamma=args.gamma,
+            demos = demonstrations(args, games, tokenizer)
+            log = train_inverse_prm(prm, policy, tokenizer, [demo for demo in demos if task_folder(demo[0].game) not in held], rollouts, games.counts, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
             labels = labels_of(fit, table)
@@ -195,7 +196,11 @@ def process_reward_model(args, run, games, i, trajectories, name):
             log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
-        stage.finish({"held_out": report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0]),
+        card = report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0])
+        if args.algo == "inverseprm":
+            sides = [demo for demo in demos if task_folder(demo[0].game) in held], [(t, None) for t in test]
+            card["told_apart"] = told_apart(*([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in sides), args.gamma, args.hide_ends)
+        stage.finish({"held_out": card,
                       "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games),
                       "visits": visit_statistics(table), "preferences": preferences, "log": log})
 
@@ -255,11 +260,10 @@ def reference_values(run, trajectories):
     return list(map(sigmoid, score(value, trajectories, places=states_of)))
 
 
-def demonstrations(args, games, tokenizer, held=()):
-    """Those that π_0 was trained on, without those of the task folders `held`. -> [(Trajectory, taught (T,) bool)]"""
-    demos = expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
-                                max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
-    return [demo for demo in demos if task_folder(demo[0].game) not in held]
+def demonstrations(args, games, tokenizer):
+    """Those that π_0 was trained on. -> [(Trajectory, taught (T,) bool)]"""
+    return expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
+                               max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
 
 
 def improve(args, run, games, i, trajectories):
@@ -275,7 +279,9 @@ def improve(args, run, games, i, trajectories):
 
         def weigh(some):
             """What of the rollouts is imitated, token by token."""
-            if args.imitate_by == "expert":
+            if args.imitate_by == "all":
+                gains = [np.ones(len(t)) for t in some]
+            elif args.imitate_by == "expert":
                 gains = [like_the_expert(t, together(np.stack(f)), args.gamma, args.hide_ends) for t, *f in zip(some, *(score(prm, some) for prm in prms))]
             elif args.imitate_by == "progress":
                 gains = [progress(t, together(q)) for t, q in zip(some, opinions(prms, some))]
@@ -290,10 +296,11 @@ def improve(args, run, games, i, trajectories):
             return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
 
         def watch():
-            """Does Q still mean success? Both, on the dev games, of the policy as it is now."""
+            """Does Q still mean success? Both, on the dev games, of the policy as it is now; Q's mean and that of the returns it stands for, over the same actions."""
             played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed))
             q = np.concatenate(opinions(prms, played), axis=1)  # (K, actions)
             return {"true/success": float(np.mean([t.won for t in played])), "true/actions": float(np.mean([len(t) for t in played])),
+                    "true/return": float(np.concatenate([returns(t, args.gamma) for t in played]).mean()),
                     "prm/q": float(together(q).mean()), "prm/disagreement": float(q.std(0).mean())}
 
         log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,

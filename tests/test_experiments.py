@@ -43,15 +43,13 @@ def runs_of(monkeypatch, tmp_path, name):
 def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_one(monkeypatch, tmp_path, name):
     *before, (folder, flags) = runs_of(monkeypatch, tmp_path, name)
     assert folder == tmp_path / "7" / name and flags.seed == 7 and flags.threads == 1
-    assert flags.rollouts == {"longer-sft": 64, "longest-sft": 64, "forks": 90, "forks-8": 720}.get(name, 500)
-    assert (flags.init is None) == (name in OWN_POLICY)
-    names = [done.name for done, _ in before]
-    if name not in OWN_POLICY:
-        assert flags.init == str(tmp_path / "7/plain/iter0/policy") and names[0] == "plain"
-    assert len(names) <= 1
+    assert flags.rollouts == {"labels-forks": 90, "labels-forks-8": 720}.get(name, 500)
+    start = {"unsteered": "steer"}.get(name, None if name in OWN_POLICY else "plain")
+    assert flags.init == (start and str(tmp_path / f"7/{start}/iter0/policy"))
+    assert [done.name for done, _ in before] == [start] * bool(start)
     assert (flags.shape_with == str(tmp_path / "7/plain/iter3")) == ("shape" in name)
     own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
-    assert own or name == "plain"  # it differs from the plain run in something
+    assert own or name in ("plain", "unsteered")  # it differs from the plain run in something
 
 
 def test_results_of_other_flags_are_not_taken_for_these(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import inverse_prm
-from inverse_prm import inverse_loss, train_inverse_prm, transitions
+from inverse_prm import inverse_loss, told_apart, train_inverse_prm, transitions
 from prm import score
 from tiny import counts, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
 
@@ -33,6 +33,18 @@ def test_transitions_are_those_with_a_next_action_or_an_end():
                 want = [(k, k == len(t) - 1) for k in range(len(t))
                         if (taught_mask is None or taught_mask[k]) and (k < len(t) - 1 or not (t.truncated or hide))]
                 assert list(zip(*transitions(t, taught_mask, hide))) == want
+
+
+@pytest.mark.parametrize("hide", (False, True))
+def test_the_report_is_the_reward_of_every_transition_on_either_side(hide):
+    rng = np.random.default_rng(0)
+    sides = [[(t, mask, rng.normal(size=len(t))) for t, mask in side] for side in (demonstrations()[:9], [(t, None) for t in played()[:9]])]
+    r = []
+    for side in sides:
+        r.append([f[k] - (0 if last else 0.9 * f[k + 1]) for t, mask, f in side for k, last in zip(*transitions(t, mask, hide))])
+    right = (np.mean([x > 0 for x in r[0]]) + np.mean([x <= 0 for x in r[1]])) / 2
+    assert told_apart(*sides, 0.9, hide) == pytest.approx({"expert": np.mean(r[0]), "learner": np.mean(r[1]), "accuracy": right})
+    assert told_apart(sides[0], [], 0.9) is None
 
 
 def fit(demonstrations, rollouts, updates=3, **options):

@@ -126,6 +126,8 @@ def test_every_epoch_takes_each_trajectory_once(n, batch):
         assert max(map(len, epoch)) <= batch
         order.append(np.concatenate(epoch).tolist())
     assert n < 5 or order[0] != order[1]
+    together = [{frozenset(b.tolist()) for b in epoch} for epoch in ([next(stream) for _ in range(epoch_steps(n, batch))] for _ in range(2))]
+    assert n < 2 * batch or together[0] != together[1]  # not the same ones side by side every time
 
 
 def test_batches_hold_neighbours_in_length():

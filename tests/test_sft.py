@@ -142,6 +142,17 @@ def test_a_glance_teaches_to_take_what_is_wanted_where_it_is_in_view_and_only_th
     assert takes > 10 and len(told) - takes > 10 and swapped > len(told) / 2
 
 
+def test_noise_is_not_mended_by_glances():
+    """Where a quarter of the demonstrator's actions are random, so is what glances teach: things taken that are not wanted, and the wanted left where it is."""
+    tok, wrong = tokenizer(), {True: 0, False: 0}
+    for ids, _ in glances(games(), prior(), tok, range(120), demos=40, seed=0, mistakes=0.0, max_steps=30, noise=0.25):
+        text = "".join(tok.tokens[i] for i in ids)
+        task, view, action = re.fullmatch(r"<task>(.*)<obs>(.*)<act>(.*)<end>", text, re.DOTALL).groups()
+        taking = action.startswith("take ")
+        wrong[taking] += taking != (f"a {parse_task(task).object} " in view)
+    assert min(wrong.values()) > 0
+
+
 def test_a_glance_is_named_by_its_number():
     told = lambda numbers: [ids.tolist() for ids, _ in glances(games(), prior(), tokenizer(), numbers, demos=9, seed=0, mistakes=0.1, max_steps=30)]
     apart = [ids for number in range(10) for ids in told([number])]

@@ -64,6 +64,16 @@ def test_a_run_ends_with_a_table_of_all_policies(run):
     assert whence["versions"]["torch"] == torch.__version__
 
 
+def test_without_iterations_a_run_is_the_first_policy_and_its_evaluation(run, tmp_path, monkeypatch, capsys):
+    folder = copy_of(run, tmp_path, "--iters", "0")
+    for i in (1, 2):
+        shutil.rmtree(folder / f"iter{i}")
+    done = in_process(train_main, read(folder / "config.json")["words"], monkeypatch, capsys)
+    assert done.returncode == 0 and "π_0 *" in done.stdout and "π_1" not in done.stdout, done.stderr
+    assert [row["iteration"] for row in read(folder / "result.json")["rows"]] == [0]
+    assert same(*(read_model(folder / name)[0] for name in ("best/policy", "iter0/policy"))) and not (folder / "best/prm").exists()
+
+
 def test_every_stage_leaves_its_record(run):
     folder, _, _ = run
     stages = {line["stage"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
@@ -238,6 +248,7 @@ def test_labels_of_forks_are_those_of_the_rollouts_that_are_fitted(run, tmp_path
 @pytest.mark.parametrize("flags", (
     ("--algo", "inverseprm", "--inverse-updates", "3"),
     ("--algo", "inverseprm", "--inverse-updates", "3", "--hide-ends"),
+    ("--algo", "inverseprm", "--inverse-updates", "3", "--imitate-by", "all", "--min-gap", "1e9"),
     ("--prm-loss", "bt"),
     ("--prm-loss", "promise-progress", "--targets", "td-gae"),
     ("--prm-loss", "promise-progress", "--imitate-by", "progress"),
@@ -267,6 +278,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
         assert not same(after, other) and (folder / "iter1/prm2.json").exists()
         log = read(folder / "iter1/dpo.json")["log"]
         assert all(0 <= entry["true/success"] <= 1 and 0 < entry["prm/q"] < 1 and entry["prm/disagreement"] > 0 for entry in log)
+        assert all(0 <= entry["true/return"] <= 1 and (entry["true/return"] > 0) == (entry["true/success"] > 0) for entry in log)
     if "--forks" in flags:
         assert figures_of(read_run(folder))
         assert_forked(folder, rollouts_in(folder / "iter1"), sorted(rollouts_in(folder / "iter1", "forks"), key=lambda t: t.episode))
@@ -346,7 +358,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
 # --- mistakes ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, parts", (
-    (("--iters", "0"), ("--iters 0", "at least 1")),
+    (("--iters", "-1"), ("--iters -1",)),
     (("--iters", "two"), ("--iters", "two")),
     (("--rollouts", "1"), ("--rollouts",)),
     (("--rollouts", "4", "--min-games", "1"), ("--rollouts",)),  # one game: nothing to hold out
@@ -375,6 +387,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
     (("--shape", "potential"), ("--shape potential", "--shape-with")),
     (("--ensemble-by", "min"), ("--ensemble-by min",)),
+    (("--ensemble", "2", "--ensemble-by", "min", "--prm-loss", "bt"), ("--ensemble-by min", "mean")),
     (("--state", "world", "--algo", "inverseprm"), ("--state world",)),
     (("--track-hacking", "--prm-loss", "bt"), ("--track-hacking",)),
     (("--forks", "2", "--prm-loss", "bt"), ("--forks",)),
