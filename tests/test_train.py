@@ -408,7 +408,7 @@ def test_defaults_that_follow_the_number_of_rollouts():
 
 
 def test_a_mistake_ends_the_process_with_code_2(tmp_path):
-    assert_refused(command("train.py", "--iters", "0", "--out", tmp_path), "--iters 0")
+    assert_refused(command("train.py", "--iters", "-1", "--out", tmp_path), "--iters -1")
 
 
 # --- flags -------------------------------------------------------------------------------------------------------------------------
