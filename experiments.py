@@ -26,6 +26,7 @@ from rollout import action_logprobs, rollout
 from runs import same_flags
 from sft import expert_trajectories
 
+DPO_ALONE = "--imitate 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home} is the folder of the seed's runs
     "plain": "--iters 3",
     "ref-init": "--iters 3 --ref init",
@@ -34,10 +35,10 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "last-states": "--iters 3 --states-of last",
     "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has
     "longest-sft": "--iters 0 --sft-updates 3843",  # as three iterations have
-    "hacking": "--imitate 0 --dpo-lr 3e-5 --track-hacking",  # DPO alone
-    "hacking-ensemble": "--imitate 0 --dpo-lr 3e-5 --track-hacking --ensemble 3 --ensemble-by min",
-    "of-each": "--imitate 0 --dpo-lr 3e-5 --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
-    "bt": "--imitate 0 --dpo-lr 3e-5 --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
+    "hacking": f"{DPO_ALONE} --track-hacking",
+    "hacking-ensemble": f"{DPO_ALONE} --track-hacking --ensemble 3 --ensemble-by min",
+    "of-each": f"{DPO_ALONE} --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
+    "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
     "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
     "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
@@ -129,12 +130,17 @@ def tiny_games():
     return split_dev(games_for("tiny", None, "train", GAMES)[0], DEV)
 
 
+def tiny_start(args):
+    """-> folder of the π_0 that q-hat and reference begin with"""
+    train(args.out / "tiny/start", f"{TINY} --iters 0 {args.flags}")
+    return args.out / "tiny/start/iter0/policy"
+
+
 def q_hat(args):
     """Is Q̂ of a random policy, and of π_0, worth anything? Against the returns of rollouts that had no part in it, by visits."""
     games, _ = tiny_games()
     prior = fit_prior(games)
-    train(args.out / "tiny/prev", f"{TINY} --iters 3 {args.flags}")
-    policy, tokenizer = read_model(args.out / "tiny/prev/iter0/policy")
+    policy, tokenizer = read_model(tiny_start(args))
 
     def by_chance(games, each, cap=30):  # 30: in 15 it hardly ever wins
         return [t for t, _ in expert_trajectories([game for game in games for _ in range(each)], prior, tokenizer, demos=len(games) * each, seed=0, mistakes=0.0, noise=1.0,
@@ -171,12 +177,15 @@ def divergence(policy, other, trajectories):
 
 
 def reference(args):
-    """Held near π_{i−1} or near π_0: success, and how far the policy has gone from π_0, by iteration. A figure beside the table."""
+    """DPO alone, held near π_{i−1} or near π_0: success, and how far the policy has gone from π_0, by iteration. A figure beside the table.
+
+    Alone, because imitation knows no reference: with it, both do the same (LOG.md).
+    """
     curves = {}
     _, dev = tiny_games()
     for ref in ("prev", "init"):
         folder = args.out / "tiny" / ref
-        rows = train(folder, f"{TINY} --iters 3 --ref {ref} {args.flags}")["rows"]
+        rows = train(folder, f"{TINY} --iters 3 --ref {ref} {DPO_ALONE} --init {shlex.quote(str(tiny_start(args)))} {args.flags}")["rows"]
         start, tokenizer = read_model(folder / "iter0/policy")
         gone = []
         for i in range(len(rows)):
