@@ -6,7 +6,7 @@ Several PRMs (`--ensemble`) judge together: their opinions are averaged, or the 
 import numpy as np
 import torch
 
-from inverse_prm import transitions
+from inverse_prm import learned_rewards
 from prm import score, sigmoid
 from qestimate import returns
 
@@ -50,9 +50,9 @@ def like_the_expert(trajectory, f, gamma, hide_ends=False):
     """The chance that each transition of a rollout is the expert's, σ(r), r = f(s, a) − γ f(s', a') being the reward that InversePRM has
     learned; f (T,): its scores. What makes no transition (see `transitions`) gets 0. -> (T,)
     """
-    actions, ended = transitions(trajectory, hide_ends=hide_ends)
+    actions, r = learned_rewards(trajectory, f, gamma, hide_ends=hide_ends)
     chance = np.zeros(len(trajectory))
-    chance[actions] = sigmoid((f - gamma * np.append(f[1:], 0))[actions])
+    chance[actions] = sigmoid(r)
     return chance
 
 

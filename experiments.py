@@ -51,7 +51,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
         "forks-8": "--forks 4 --rollouts 720 --prm-epochs 11"}.items()},  # eight times as many tokens
     "reset": "--reset-frac 0.5",
     "steer": "--steer 0.5",
-    "unsteered": "--init {home}/steer/iter0/policy",  # the policy of steer, not told any strategy
+    "unsteered": "",  # from the policy of steer, not told any strategy
     "shape": "--shape-with {home}/plain/iter3",
     "shape-potential": "--shape-with {home}/plain/iter3 --shape potential",
     "world": "--state world",
@@ -87,10 +87,9 @@ def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
     flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
-    if name == "unsteered":
-        ablation(args, "steer", seed)
-    elif name not in OWN_POLICY:
-        flags += f" --init {shlex.quote(str(ablation(args, 'plain', seed) / 'iter0/policy'))}"
+    if name not in OWN_POLICY:
+        start = ablation(args, "steer" if name == "unsteered" else "plain", seed) / "iter0/policy"
+        flags += f" --init {shlex.quote(str(start))}"
     train(home / name, flags)
     return home / name
 

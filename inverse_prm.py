@@ -38,6 +38,12 @@ def transitions(trajectory, taught=None, hide_ends=False):
     return actions, actions == T - 1
 
 
+def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False):
+    """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next; f (T,): its scores. -> actions (n,), r (n,)"""
+    actions, _ = transitions(trajectory, taught, hide_ends)
+    return actions, (f - gamma * np.append(f[1:], 0))[actions]
+
+
 def told_apart(f_expert, f_learner, gamma, hide_ends=False):
     """The learned reward on episodes that it was not trained on: its mean on either side, and how often its sign is right (a coin: 0.5).
 
@@ -46,7 +52,7 @@ def told_apart(f_expert, f_learner, gamma, hide_ends=False):
     """
     r = []
     for side in (f_expert, f_learner):
-        taken = [(f - gamma * np.append(f[1:], 0))[transitions(t, taught, hide_ends)[0]] for t, taught, f in side]
+        taken = [learned_rewards(t, f, gamma, taught, hide_ends)[1] for t, taught, f in side]
         r.append(np.concatenate(taken) if sum(map(len, taken)) else None)
     if r[0] is None or r[1] is None:
         return None
