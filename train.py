@@ -205,11 +205,11 @@ def process_reward_model(args, run, games, i, trajectories, name):
                       "visits": visit_statistics(table), "preferences": preferences, "log": log})
 
 
-def expert_preferred(args, prm, policy, tokenizer, games, demos=300):
+def expert_preferred(args, prm, policy, tokenizer, games):
     """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes."""
     rng = generator(args.seed, "against chance")
-    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=demos, seed=args.seed, mistakes=0.0, max_steps=args.max_steps,
-                                                  context=args.context)]
+    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, 2 * len(games.dev)), seed=args.seed, mistakes=0.0,
+                                                  max_steps=args.max_steps, context=args.context)]
     return {"to_chance": pair_accuracy(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes]),
             "to_policy": pair_accuracy(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])}
 
