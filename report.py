@@ -26,11 +26,13 @@ from prm import score, sigmoid
 from rollout import rollout
 from runs import load_games
 
-PUBLISHED = [*((f"AgentPRM {pi(i)}", p, "3B parameters" + ", 70,000 rollouts an iteration" * (i > 0)) for i, p in enumerate(AGENT_PRM)),
-             (f"AgentPRM, Best-of-16 on {pi(0)}", 0.69, "3B, by the first PRM"), (f"AgentPRM, Best-of-16 on {pi(1)}", 0.88, "3B"),
-             ("AgentPRM, Best-of-16, the best", 0.91, "3B"), ("SFT", 0.634, "3B, 10,000 demonstrations"),
-             ("InversePRM, one iteration", 0.828, "3B, the same demonstrations"), ("InversePRM, two iterations", 0.866, "3B, the same demonstrations"),
-             ("GPT-4o", 0.649, "prompted; 65.7 elsewhere"), ("LEAP, the paper's expert", 0.886, "about 91 elsewhere")]  # of arXiv 2502.10325, as AGENT_PRM
+UNSEEN = "valid_unseen, cap 30; "  # of arXiv 2502.10325, as AGENT_PRM
+PUBLISHED = [*((f"AgentPRM {pi(i)}", p, UNSEEN + "3B parameters" + ", 70,000 rollouts an iteration" * (i > 0)) for i, p in enumerate(AGENT_PRM)),
+             (f"AgentPRM, Best-of-16 on {pi(0)}", 0.69, UNSEEN + "3B, by the first PRM"), (f"AgentPRM, Best-of-16 on {pi(1)}", 0.88, UNSEEN + "3B"),
+             ("AgentPRM, Best-of-16, the best", 0.91, UNSEEN + "3B"), ("SFT", 0.634, UNSEEN + "3B, 10,000 demonstrations"),
+             ("InversePRM, one iteration", 0.828, UNSEEN + "3B, the same demonstrations"), ("InversePRM, two iterations", 0.866, UNSEEN + "3B, the same demonstrations"),
+             ("GPT-4o", 0.649, UNSEEN + "prompted; 65.7 elsewhere"), ("LEAP, the paper's expert", 0.886, UNSEEN + "about 91 elsewhere"),
+             *((f"GiGPO, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv 2505.10978)") for size, p in (("1.5B", 0.867), ("7B", 0.908)))]
 
 
 def main():
@@ -179,7 +181,7 @@ def published_table(run):
     flags = run.config["flags"]
     how = f"cap {flags['max_steps']}; {run.parameters / 1e6:.1f} M parameters, {flags['rollouts']:,} rollouts an iteration"
     ours = [(f"ours, {pi(row['i'])}", row["success"], f"{row['split']}, {how}", True) for row in run.rows if row["split"] != "dev" or len(run.splits) == 1]
-    rows = sorted(ours + [(who, p, f"valid_unseen, cap 30; {what}", False) for who, p, what in PUBLISHED], key=lambda row: -row[1])
+    rows = sorted(ours + [(who, p, what, False) for who, p, what in PUBLISHED], key=lambda row: -row[1])
     meter = lambda p: f'<span class="meter"><i style="width:{100 * p:.1f}%"></i></span>{percent(p)}'
     return table(("who", "games won", "on what, by what"), [(who, meter(p), what) for who, p, what, _ in rows], [n for n, row in enumerate(rows) if row[3]])
 
