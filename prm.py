@@ -223,15 +223,21 @@ def score(prm, trajectories, batch=64, places=actions_of):
 
 
 @torch.no_grad()
-def pair_accuracy(prm, trajectories, pairs):
-    """How often f is higher for the better action of a state: pairs as from `preference_pairs`. None where there are none."""
-    right = []
+def pair_gaps(prm, trajectories, pairs):
+    """By how much Q (f of a PRM that compares actions of one state only) is higher for the better action of each pair: pairs as from
+    `preference_pairs`. -> (pairs,) float64"""
+    gaps = [np.zeros(0)]
     for t, found in zip(trajectories, pairs):
         if found:
             branches = [(0, int(t.spans[k, 0]), list(ids), False) for k, worse in found for ids in (t.ids[slice(*t.spans[k])], worse)]
-            better, worse = Tree([t.ids], branches, prm.cos.device).scores(prm).view(-1, 2).T
-            right += (better > worse).tolist()
-    return float(np.mean(right)) if right else None
+            f = Tree([t.ids], branches, prm.cos.device).scores(prm).double().cpu()
+            gaps.append((f if prm.config.head == "relative" else f.sigmoid()).view(-1, 2).diff(dim=1)[:, 0].neg().numpy())
+    return np.concatenate(gaps)
+
+
+def share_right(gaps):
+    """How often the better action has the higher score; None where there are no pairs."""
+    return float((gaps > 0).mean()) if len(gaps) else None
 
 
 def report(prm, trajectories, labels, table, pairs, bins=10):
@@ -240,7 +246,7 @@ def report(prm, trajectories, labels, table, pairs, bins=10):
     Calibration is against discounted returns: `calibration` lists (mean Q, mean return, actions) by bins of Q; `ece` is the mean
     gap between the two, weighted by actions. `pair_accuracy`: on `pairs` as from `preference_pairs`, all that a relative PRM is asked.
     """
-    right = {"pair_accuracy": pair_accuracy(prm, trajectories, pairs), "pairs": sum(map(len, pairs))}
+    right = {"pair_accuracy": share_right(pair_gaps(prm, trajectories, pairs)), "pairs": sum(map(len, pairs))}
     if prm.config.head == "relative":
         return right
     f = torch.from_numpy(np.concatenate(score(prm, trajectories)))

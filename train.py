@@ -25,7 +25,7 @@ from flags import episodes_of_each_game, parse_flags
 from games import task_folder
 from inverse_prm import told_apart, train_inverse_prm
 from model import Config, Transformer
-from prm import actions_of, fit_labels, pair_accuracy, prefer, promise_and_progress, report, score, sigmoid, states_of, train_prm
+from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, sigmoid, states_of, train_prm
 from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
 from rollout import rollout
@@ -206,12 +206,17 @@ def process_reward_model(args, run, games, i, trajectories, name):
 
 
 def expert_preferred(args, prm, policy, tokenizer, games):
-    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes."""
+    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes.
+
+    `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: what --min-gap leaves to stage 3.
+    """
     rng = generator(args.seed, "against chance")
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, 2 * len(games.dev)), seed=args.seed, mistakes=0.0,
                                                   max_steps=args.max_steps, context=args.context)]
-    return {"to_chance": pair_accuracy(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes]),
-            "to_policy": pair_accuracy(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])}
+    chance = pair_gaps(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes])
+    gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])
+    far = {least: gaps[abs(gaps) > least] for least in (0.02, 0.05, 0.1, 0.2)}
+    return {"to_chance": share_right(chance), "to_policy": share_right(gaps), "by_gap": {least: (share_right(some), len(some)) for least, some in far.items()}}
 
 
 def prm_names(args):

@@ -1,6 +1,7 @@
 """The PRM: its loss against torch's, one pass over a trajectory against a sequence for every action, and that it learns."""
 
 import copy
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 import prm as prm_module
 from common import pad
-from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, pair_accuracy, prefer, promise_and_progress,
-                 promise_progress_loss, report, score, scores_at, train_prm)
+from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
+                 promise_progress_loss, report, score, scores_at, share_right, train_prm)
 from qestimate import labels_of, preference_pairs, q_table, td_gae
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
 from tokenizer import END
@@ -188,6 +189,22 @@ def test_pairs_are_scored_as_separate_sequences_are(tmp_path):
     torch.testing.assert_close(seen[0][0], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("head", ("score", "relative"))
+def test_a_gap_is_the_difference_of_q_or_of_f_each_action_read_by_itself(head):
+    model, trajectories, look = random_model(head=head), played()[:4], np.array([*tokenizer().encode("look"), END])
+    pairs = [[(k, look) for k in range(0, len(t), 2)] for t in trajectories]
+    expected = []
+    for t, found in zip(trajectories, pairs):
+        for k, worse in found:
+            start, end = t.spans[k]
+            with torch.no_grad():
+                better, worse = (float(model.scores(model(torch.from_numpy(np.concatenate([t.ids[:start], action])[None].astype(np.int64)))[0, -1])) for action in (t.ids[start:end], worse))
+            expected.append(better - worse if head == "relative" else 1 / (1 + math.exp(-better)) - 1 / (1 + math.exp(-worse)))
+    gaps = pair_gaps(model, trajectories, pairs)
+    assert gaps == pytest.approx(expected, abs=1e-4) and max(gaps) > 0.01 and min(gaps) < -0.01
+    assert share_right(gaps) == np.mean([gap > 0 for gap in expected]) and share_right(gaps[:0]) is None
+
+
 @pytest.mark.parametrize("kind", ("bt", "td-gae"))
 def test_other_objectives_learn_too(tmp_path, kind):
     """Won or lost by the first action: the PRM learns which is better, by preferences or by labels of its own."""
@@ -204,13 +221,13 @@ def test_other_objectives_learn_too(tmp_path, kind):
         pairs, told = preference_pairs(trajectories, table, 0.03)
         assert told["pairs"] > 20
         objective = prefer(trajectories, pairs)
-        assert pair_accuracy(taught().with_score_head(), trajectories, pairs) < 0.1 and pair_accuracy(taught().with_score_head(), trajectories, [[]]) is None
+        assert share_right(pair_gaps(taught().with_score_head(), trajectories, pairs)) < 0.1 and share_right(pair_gaps(taught().with_score_head(), trajectories, [[]])) is None
     else:
         objective = promise_and_progress(trajectories, lambda i, M: td_gae(M, 0.0, trajectories[i].reward, 0.95, 0.95), 1.0)
     model = taught().with_score_head()
     log = train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
     if kind == "bt":
-        assert pair_accuracy(model, trajectories, pairs) > 0.8
+        assert share_right(pair_gaps(model, trajectories, pairs)) > 0.8
     f = score(model, trajectories)
     assert np.mean([a[0] > b[0] for a, b, t in zip(f[0::2], f[1::2], trajectories[0::2]) if t.won]) > 0.9
     if kind == "td-gae":

@@ -268,7 +268,9 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
     assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == (not {"bt", "inverseprm"} & set(flags))
+    by_gap = list(told["expert_preferred"].pop("by_gap").values())
     assert told["expert_preferred"].keys() == {"to_chance", "to_policy"} and all(0 <= share <= 1 for share in told["expert_preferred"].values())
+    assert [n for _, n in by_gap] == sorted((n for _, n in by_gap), reverse=True) and all(share is None if n == 0 else 0 <= share <= 1 for share, n in by_gap)
     assert after.config.head == ("relative" if {"bt", "inverseprm"} & set(flags) else "score")
     changed = any(not torch.equal(before[k], v) for k, v in after.state_dict().items())
     lost = "--forks" in flags and not read(folder / "iter1/forks.json")["success"]  # forked or not, nothing was won
