@@ -27,6 +27,7 @@ from runs import same_flags
 from sft import expert_trajectories
 
 DPO_ALONE = "--imitate 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
+HACKED = "--imitate 0 --dpo-lr 1e-4 --min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of more pairs, faster
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home} is the folder of the seed's runs
     "plain": "--iters 3",
     "ref-init": "--iters 3 --ref init",
@@ -35,8 +36,10 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "last-states": "--iters 3 --states-of last",
     "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has
     "longest-sft": "--iters 0 --sft-updates 3843",  # as three iterations have
-    "hacking": f"{DPO_ALONE} --track-hacking",
-    "hacking-ensemble": f"{DPO_ALONE} --track-hacking --ensemble 3 --ensemble-by min",
+    "dpo-alone": f"{DPO_ALONE} --track-hacking",
+    "hacking": HACKED,
+    "hacking-many": f"{HACKED} --rollouts 16000",
+    "hacking-ensemble": f"{HACKED} --ensemble 3 --ensemble-by min",
     "of-each": f"{DPO_ALONE} --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
     "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
