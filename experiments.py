@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import Parser, UserError, command_line, pad, read_json, read_model, set_up_torch
 from curves import whole_numbers
 from expert import fit_prior
+from figures import COLOURS
 from flags import parse_flags
 from games import games_for, split_dev
 from qestimate import held_out_check, history_keys, q_table, visit_statistics, world_keys
@@ -125,6 +126,33 @@ def row(folders):
 HEAD = ("", "dev: π_0", "π_1", "π_last", "valid_seen: π_0", "π_1", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
 
 
+def hacking_curve(folder):
+    """What --track-hacking has logged in the first iteration. -> updates, success on dev, mean Q of what is played there"""
+    lines = [line for line in read_json(folder / "iter1/dpo.json")["log"] if "true/success" in line]
+    return tuple([line[name] for line in lines] for name in ("step", "true/success", "prm/q"))
+
+
+def draw(path, curves, titles, x, what):
+    """Curves {name: (xs, ys of the first figure, of the second)} in two figures side by side, as PNG; needs matplotlib."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("no figure: matplotlib is not installed (requirements-dev.txt)", file=sys.stderr)
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for colour, (name, (xs, *series)) in zip(COLOURS[1:], curves.items()):
+        for axis, ys in zip(axes, series):
+            axis.plot(xs, ys, marker="o", color=colour, label=name)
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel=x)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(axis="y", alpha=0.3)
+    axes[-1].legend(title=what, fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"figure: {path}")
+
+
 def markdown(head, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
@@ -187,39 +215,20 @@ def reference(args):
 
     Alone, because imitation knows no reference: with it, both do the same (LOG.md).
     """
-    curves = {}
+    curves, start_folder = {}, tiny_start(args)
     _, dev = tiny_games()
     for ref in ("prev", "init"):
         folder = args.out / "tiny" / ref
-        rows = train(folder, f"{TINY} --iters 3 --ref {ref} {DPO_ALONE} --init {shlex.quote(str(tiny_start(args)))} {args.flags}")["rows"]
+        rows = train(folder, f"{TINY} --iters 3 --ref {ref} {DPO_ALONE} --init {shlex.quote(str(start_folder))} {args.flags}")["rows"]
         start, tokenizer = read_model(folder / "iter0/policy")
         gone = []
         for i in range(len(rows)):
             policy, _ = read_model(folder / f"iter{i}/policy")
             gone.append(divergence(policy, start, list(rollout(policy, tokenizer, [(game, 0) for game in dev], temperature=1.0, max_steps=15))))
-        curves[ref] = [row["dev"]["success"] for row in rows], gone
+        curves["π_{i−1}" if ref == "prev" else "π_0"] = range(len(rows)), [row["dev"]["success"] for row in rows], gone
     print(markdown(("reference", *(f"π_{i}: won on dev, KL to π_0" for i in range(4))),
-                   [("π_{i−1}" if ref == "prev" else "π_0", *(f"{won:.1%}, {kl:.3f}" for won, kl in zip(*curves[ref]))) for ref in curves]))
-    draw(args.out / "tiny/reference.png", {("π_{i−1}" if ref == "prev" else "π_0"): curve for ref, curve in curves.items()})
-
-
-def draw(path, curves):
-    """Success and divergence by iteration, side by side, as PNG; needs matplotlib."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print("no figure: matplotlib is not installed (requirements-dev.txt)", file=sys.stderr)
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for name, series in curves.items():
-        for axis, values in zip(axes, series):
-            axis.plot(range(len(values)), values, marker="o", label=name)
-    for axis, title in zip(axes, ("success on dev", "KL(π_i ‖ π_0), a token")):
-        axis.set(title=title, xlabel="iteration", xticks=range(4))
-        axis.legend(title="reference")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"figure: {path}")
+                   [(ref, *(f"{won:.1%}, {kl:.3f}" for won, kl in zip(*series))) for ref, (_, *series) in curves.items()]))
+    draw(args.out / "tiny/reference.png", curves, ("success on dev", "KL(π_i ‖ π_0), a token"), "iteration", "reference")
 
 
 def pilot(args):
@@ -262,6 +271,11 @@ def main():
             rows.append((name, *row([ablation(args, name, seed) for seed in args.seeds])))
     if rows:
         print(markdown(HEAD, rows))
+    tracked = [name for name in args.names if "--track-hacking" in ABLATIONS.get(name, "")]
+    if tracked:
+        first = args.out / str(args.seeds[0])
+        draw(args.out / "hacking.png", {f"{name}, {read_json(first / name / 'config.json')['flags']['rollouts']:,} rollouts": hacking_curve(first / name) for name in tracked},
+             ("success on dev", "mean Q of what is played there"), "update of stage 3", "run")
 
 
 if __name__ == "__main__":

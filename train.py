@@ -43,6 +43,7 @@ def main():
     games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id, .counts
     estimate(args, run, games)
     supervised(args, run, games)
+    evaluate(args, run, games, 0)
     if args.shape_with:
         reference_value(args, run, games)
     for i in range(1, args.iters + 1):
@@ -52,10 +53,7 @@ def main():
         for name in prm_names(args):
             process_reward_model(args, run, games, i, trajectories, name)
         improve(args, run, games, i, trajectories)
-    for i in range(args.iters + 1):
-        evaluate(args, run, i, "dev", games.dev, args.dev_episodes)
-        for split, test in games.test.items():
-            evaluate(args, run, i, split, test, args.episodes_per_game)
+        evaluate(args, run, games, i)
     final_table(args, run)
     ranks.leave()
 
@@ -315,15 +313,17 @@ def improve(args, run, games, i, trajectories):
         stage.finish({"log": log})
 
 
-def evaluate(args, run, i, split, games, episodes_per_game):
-    """Success of π_i on a split."""
-    with run.stage(f"iter{i}/eval-{split}") as stage:
-        if stage.done:
-            return
-        policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)
-        stage.finish({"split": split, **evaluate_policy(policy, tokenizer, games, episodes_per_game=episodes_per_game, slots=args.slots,
-                                                       temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed,
-                                                       name=f"π_{i} on {split}")})
+def evaluate(args, run, games, i):
+    """Success of π_i, on dev and on the test splits."""
+    policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)
+    for split, played, each in (("dev", games.dev, args.dev_episodes), *((split, test, args.episodes_per_game) for split, test in games.test.items())):
+        with run.stage(f"iter{i}/eval-{split}") as stage:
+            if not stage.done:
+                result = evaluate_policy(policy, tokenizer, played, episodes_per_game=each, slots=args.slots, temperature=args.eval_temperature,
+                                         max_steps=args.max_steps, seed=args.seed, name=f"π_{i} on {split}")
+                stage.finish({"split": split, **result})
+                if ranks.rank() == 0:
+                    print(f"π_{i} wins {result['success']:.1%} of {split}, in {result['mean_actions']:.1f} actions", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,22 @@ def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):
     assert spread([None]) == "–" and spread([0.5]) == "50.0"
 
 
+def test_runs_that_track_hacking_end_in_a_figure_of_it(monkeypatch, capsys, tmp_path):
+    log = [{"step": 5, "loss": 1.0}, {"step": 10, "loss": 1.0, "true/success": 0.5, "prm/q": 0.2}, {"step": 20, "true/success": 0.4, "prm/q": 0.3}]
+    for name in ("plain", "hacking"):
+        (tmp_path / f"7/{name}/iter1").mkdir(parents=True)
+        (tmp_path / f"7/{name}/iter1/dpo.json").write_text(json.dumps({"log": log}))
+        (tmp_path / f"7/{name}/config.json").write_text('{"flags": {"rollouts": 4000}}')
+    monkeypatch.setattr(experiments, "ablation", lambda args, name, seed: tmp_path / str(seed) / name)
+    monkeypatch.setattr(experiments, "row", lambda folders: ["–"] * 10)
+    drawn = []
+    monkeypatch.setattr(experiments, "draw", lambda path, curves, *words: drawn.append((path, curves)))
+    in_process(experiments.main, ["plain", "--seeds", "7", "--out", tmp_path], monkeypatch, capsys)
+    assert not drawn
+    in_process(experiments.main, ["plain", "hacking", "--seeds", "7", "--out", tmp_path], monkeypatch, capsys)
+    assert drawn == [(tmp_path / "hacking.png", {"hacking, 4,000 rollouts": ([10, 20], [0.5, 0.4], [0.2, 0.3])})]
+
+
 def test_divergence_is_the_kl_written_out():
     p, q = random_model(1), random_model(2)
     trajectories = played()[:6]

@@ -89,6 +89,8 @@ def test_every_stage_leaves_its_record(run):
     assert not list(folder.rglob("*.state.safetensors")) and not list(folder.rglob("*.tmp"))
     config = read(folder / "config.json")
     assert config["flags"]["beta"] == 0.03 and config["flags"]["iters"] == 2 and {"python", "torch", "alfworld"} <= config["versions"].keys()
+    order = list(spent["seconds"])
+    assert all(order.index(f"iter{i}/eval-dev") < order.index(f"iter{i + 1}/rollouts") for i in (0, 1))  # a run is watched while it learns
     assert stages["iter1/dpo"]["log"][-1]["step"] == 2 and stages["iter0/sft"]["parameters"] == read_model(folder / "iter0/policy")[0].n_parameters()
 
 
