@@ -128,9 +128,12 @@ def calibration(run):
 
 
 def hacking(run):
-    """The PRM's score of the policy's proposals during stage 3, and what became of success: where they part, the PRM is hacked (P1)."""
-    won = {row["i"]: row["success"] for row in run.rows if row["split"] == "dev"}
-    marks, legend, done, tops = [], [], 0, [(0, 0)]
+    """The PRM's score of the policy's proposals during stage 3, and what became of success on dev: where they part, the PRM is hacked (P1).
+
+    Success of each π_i, and, with --track-hacking, of the policy on the way there.
+    """
+    evaluated = {row["i"]: row["success"] for row in run.rows if row["split"] == "dev"}
+    marks, legend, done, won = [], [], 0, [(0, evaluated[0], f"{pi(0)} wins {percent(evaluated[0])} of dev")]
     for i, record in run.stages("dpo"):
         stretch = record["log"][0]["step"]  # updates a line of the log is the mean of; what remains at the end are too few
         points = [(done + line["step"], line["score/mean"]) for line in record["log"] if "score/mean" in line and line["step"] % stretch == 0]
@@ -138,11 +141,13 @@ def hacking(run):
             (first, low), (last, high) = points[0], points[-1]
             marks.append(("line", i, points, f"{pi(i, 'Q')} of proposals: {low:.3f} at update {first:,}, {high:.3f} at update {last:,}"))
             legend.append((i, f"{pi(i, 'Q')} of proposals"))
+        won += [(done + line["step"], p, f"at update {done + line['step']:,} {percent(p)} of dev are won") for line in record["log"] if (p := line.get("true/success")) is not None]
         done += record["log"][-1]["step"]
-        tops += [(done, i)] * (i in won)
+        if i in evaluated:
+            won.append((done, evaluated[i], f"{pi(i)} wins {percent(evaluated[i])} of dev"))
     if not marks:
         return None
-    marks += curve("grey", [(x, won[i]) for x, i in tops], [f"{pi(i)} wins {percent(won[i])} of dev" for _, i in tops], "dashes")
+    marks += curve("grey", [(x, p) for x, p, _ in won], [text for *_, text in won], "dashes")
     return dict(name="score-and-success", title="PRM score and success", x=("updates of stage 3", -0.02 * done, 1.02 * done, round_ticks(done)),
                 y=("Q, and games won", 0, 1, FIFTHS), marks=marks, legend=[*legend, ("grey", "success on dev")],
                 note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not heights.")
