@@ -109,6 +109,17 @@ def test_every_stage_of_every_iteration_has_its_time_and_type_its_success(report
             assert f"{KINDS[kind]} ({part['games']} games), {pi(i)}: {100 * part['success']:.1f} %" in text
 
 
+def test_success_on_the_way_is_drawn_where_it_was_tracked(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    record = read(folder / "iter2/dpo.json")
+    record["log"][0]["true/success"] = 0.4321
+    (folder / "iter2/dpo.json").write_text(json.dumps(record))
+    assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
+    step = read(folder / "iter1/dpo.json")["log"][-1]["step"] + record["log"][0]["step"]
+    assert f"at update {step} 43.2 % of dev are won" in (folder / "report/index.html").read_text()
+
+
 def test_every_figure_is_a_png_too(reported):
     _, out, text, _, printed = reported
     names = re.findall(r'<figure id="([\w-]+)"', text)
