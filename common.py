@@ -283,5 +283,5 @@ def _load_state(path, model, optimizers):
         for name, p in model.named_parameters():
             p.copy_(stored[name].pop("weight"))
             if stored[name]:
-                owner[id(p)].state[p] = {k: v.to(p.device) if k != "step" else v for k, v in stored[name].items()}
+                owner[id(p)].state[p] = {k: v.to(p.device) for k, v in stored[name].items()}
     return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}

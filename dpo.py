@@ -74,15 +74,17 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
         total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in worth))  # of the batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
         picked, ids, at, worth, first = map(mine, (picked, ids, at, worth, first))
+        if total_weight:
+            metrics["imitation"] = summed(0.0)  # this rank may have nothing to imitate
         if not picked:
-            return None, {}
+            return None, metrics
         states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked) for k in at[b]]
         branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
-        won = [b for b, w in enumerate(worth) if w.any()]
-        if not branches and not won:
+        taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated
+        if not branches and not taught:
             return None, metrics
         cut = Tree(ids, branches, device) if branches else None
-        tree = Tree(ids, branches, device, whole=won) if won else cut
+        tree = Tree(ids, branches, device, whole=taught) if taught else cut
         h = tree.hidden(policy)  # (B, S, D)
         if branches:
             with torch.no_grad():
@@ -93,8 +95,8 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
             n = len(losses)
             metrics.update({"loss": (losses.detach().sum(), n), "rewards/margins": ((chosen - rejected).sum(), n),
                             "rewards/accuracies": ((chosen > rejected).sum(), n), "pairs/log_ratio": ((pi.detach() - ref).sum(), 2 * n)})
-        if won:
-            rows = [worth[b] if b in won else np.zeros(1, np.float32) for b in tree.rows]
+        if taught:
+            rows = [worth[b] if b in taught else np.zeros(1, np.float32) for b in tree.rows]
             likelihood = imitation_loss(policy, h, tree.ids, pad(rows, dtype=torch.float32).to(device), total_weight)
             metrics["imitation"] = summed(likelihood.detach())
             loss = imitate * likelihood + (0 if loss is None else loss)

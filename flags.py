@@ -107,7 +107,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone")
     add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not; "
         "all: every admissible action alike, a control (default: win; inverseprm imitates what its reward takes for the expert's)", choices=("win", "progress", "all"))
-    g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, twenty times an iteration")
+    g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, some twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference")
     g = parser.add_argument_group("evaluation")
     add(g, "--eval-temperature", 0.3, "sampling temperature")

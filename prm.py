@@ -86,29 +86,14 @@ def answers_loss(prm, h, ids, spans, total=None):
     return losses / max(1, len(place) if total is None else total)
 
 
-def pool_of(n, batch):
-    """Batches that are sorted by length together: 8, fewer of few sequences, for a pool that holds all would give the same batches every epoch."""
-    return max(1, min(8, n // (4 * batch)))
+def batches(n, batch, rng):
+    """An endless stream of index arrays: shuffled epochs of 0 … n − 1.
 
-
-def batches(lengths, batch, rng):
-    """An endless stream of index arrays: shuffled epochs, batches of neighbours in length (less padding) out of pools of a few batches."""
-    pool = pool_of(len(lengths), batch)
+    At random, not by length: a long episode is a lost one, and a PRM that sees won and lost ones in turn learns less, and hopes for too much (LOG.md).
+    """
     while True:
-        order = rng.permutation(len(lengths))
-        for start in range(0, len(order), batch * pool):
-            part = order[start:start + batch * pool]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            cuts = [part[i:i + batch] for i in range(0, len(part), batch)]
-            for i in rng.permutation(len(cuts)):
-                yield cuts[i]
-
-
-def epoch_steps(n, batch):
-    """Updates in one epoch of `batches`."""
-    pool = pool_of(n, batch)
-    whole, rest = divmod(n, batch * pool)
-    return whole * pool + -(-rest // batch)
+        order = rng.permutation(n)
+        yield from (order[start:start + batch] for start in range(0, n, batch))
 
 
 @dataclass
@@ -116,7 +101,7 @@ class Objective:
     """What train_prm minimises: `loss`, of the scores f read at `places` of each trajectory."""
     loss: Callable  # (f: list of (n,) tensors, picked: their trajectories' numbers, total) -> scalar, {metric: (sum, count)}
     places: list  # of each trajectory: (n,) array, tokens behind which f is read; those of branches lie behind its own
-    weights: list  # of each trajectory in the loss: those of a batch make up `total`
+    weights: list  # of each trajectory in the loss; `total`: of an average batch of this size
     branches: list = None  # of each trajectory: [(start, ids)], other actions
 
 
@@ -140,7 +125,7 @@ def prefer(trajectories, pairs):
 
     def loss(f, picked, total):
         better, worse = (torch.cat(side) for side in zip(*(scores.chunk(2) for scores in f)))
-        return bt_loss(better, worse).sum() / max(1, total), {"accuracy": ((better > worse).sum(), len(better))}
+        return bt_loss(better, worse).sum() / total, {"accuracy": ((better > worse).sum(), len(better))}
 
     return Objective(loss, places, list(map(len, pairs)), branches)
 
@@ -162,10 +147,10 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     counts: {game id: {base name: n}}; with `renumber` every pass tells each
     trajectory with other instance numbers, under which Q does not change.
     """
-    lengths = np.array([len(t.ids) for t in trajectories])
-    steps = max(1, round(epochs * epoch_steps(len(lengths), batch)))
-    plan = [i for _, i in zip(range(steps), batches(lengths, batch, generator(seed, "prm")))]
+    steps = max(1, round(epochs * -(-len(trajectories) // batch)))
+    plan = [i for _, i in zip(range(steps), batches(len(trajectories), batch, generator(seed, "prm")))]
     device = prm.cos.device
+    weight, answered = np.mean(objective.weights) or 1, np.mean([len(answers_of(t.spans)) for t in trajectories])  # of a trajectory
 
     def told(i, rng):
         """Ids of a trajectory, those of its branches behind them, with other numbers. -> ids (L,), branches [ids]"""
@@ -178,8 +163,8 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     def loss_of(step):
         rng = generator(seed, "prm numbers", step)
         texts = [told(i, rng) for i in plan[step]]
-        total = sum(objective.weights[i] for i in plan[step])  # of the batch; this rank has a part of it
-        total_answers = sum(len(answers_of(trajectories[i].spans)) for i in plan[step])
+        # what a batch of so many weighs on average: by its own weight, an action would weigh more in a batch of short episodes, which are won ones
+        total, total_answers = (len(plan[step]) * mean for mean in (weight, answered))
         picked, texts = mine(plan[step]), mine(texts)
         if not len(picked):
             return None, {}
@@ -190,7 +175,7 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
             ids, h = tree.ids, tree.hidden(prm)
         else:
             ids = pad(trunks).to(device)
-            h = prm(ids)  # (B, S, D)
+            h = prm.ragged(ids, torch.tensor(list(map(len, trunks)), device=device))  # (B, S, D)
         places = [objective.places[i] for i in picked]
         loss, metrics = objective.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, total)
         metrics = {"loss": summed(loss.detach()), **metrics}

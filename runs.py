@@ -188,14 +188,14 @@ def final_table(args, run):
         gains = [f"{s} {100 * gap:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})" for s in splits for gap, low, high in [row[s]["gain_over_0"]]]
         lines.append(f"  π_{row['iteration']}  " + "   ".join(gains))
     seconds = read_json(run.path / "state.json")["seconds"]
-    write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,
-                                          "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
     for kind in ("policy", "prm"):
         source, target = run.path / f"iter{best}/{kind}", run.path / f"best/{kind}"
         shutil.rmtree(target, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, target)
     write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
+    write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,  # last: a run that has it is whole
+                                          "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
     print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")
     print(*lines, sep="\n")
     print(f"{sum(seconds.values()) / 60:.1f} min in all")

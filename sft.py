@@ -187,8 +187,8 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
 
 
 def sft_loss(logits, targets, weights, total=None):
-    """Weighted cross-entropy of next tokens: logits (B, S, V), targets and weights (B, S); `total`: the weight of the whole batch. -> scalar"""
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    """Weighted cross-entropy of next tokens: logits (…, V), targets and weights (…); `total`: the weight of the whole batch. -> scalar"""
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return (loss * weights.flatten()).sum() / (weights.sum() if total is None else total)
 
 
@@ -198,28 +198,19 @@ def untrained(config, seed):
     return Transformer(config)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0, name="SFT", pool=8):
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
-    made = {}  # the pool of batches in use: sorted by length, so that a batch holds little padding
     options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps, noise=noise)
 
     def episodes_of(step):
-        nonlocal made
         if step < glanced:
             return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
-        step -= glanced
-        if step not in made:
-            first = step - step % pool
-            last = min(first + pool, steps - glanced)
-            episodes = tellings(games, prior, tokenizer, range(first * batch, last * batch), obs_weight=obs_weight, steer=steer, **options)
-            episodes = [(ids[:longest], weights[:longest]) for ids, weights in episodes]
-            episodes.sort(key=lambda e: len(e[0]))
-            order = generator(seed, "sft order", first).permutation(last - first)
-            made = {first + i: episodes[j * batch:(j + 1) * batch] for i, j in enumerate(order)}
-        return made[step]
+        first = (step - glanced) * batch
+        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, steer=steer, **options)
+        return [(ids[:longest], weights[:longest]) for ids, weights in episodes]
 
     def loss_of(step):
         episodes = episodes_of(step)
@@ -229,10 +220,12 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
             return None, {}
         ids = pad([e[0] for e in episodes], PAD).to(device)  # (B, S)
         weights = pad([e[1] for e in episodes], 0.0, torch.float32).to(device)
-        logits = policy.logits(policy(ids[:, :-1]))
-        loss = sft_loss(logits, ids[:, 1:], weights[:, 1:], total)
-        taught = weights[:, 1:] == 1
-        right = (logits.argmax(-1) == ids[:, 1:])[taught]
+        lengths = torch.tensor([len(e[0]) - 1 for e in episodes], device=device)
+        told = weights[:, 1:] > 0
+        logits = policy.logits(policy.ragged(ids[:, :-1], lengths)[told])  # (tokens, V)
+        targets, weights = ids[:, 1:][told], weights[:, 1:][told]
+        loss = sft_loss(logits, targets, weights, total)
+        right = (logits.argmax(-1) == targets)[weights == 1]
         return loss, {"loss": summed(loss.detach()), "accuracy": (right.sum(), right.numel())}
 
     return optimise(policy, loss_of, steps, lr, state, name)

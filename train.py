@@ -3,7 +3,7 @@
     python train.py --iters 3 --rollouts 70000             # the whole method; on two CPU cores an afternoon
     python train.py --iters 3 --rollouts 4000              # a small one
     python train.py --smoke                                # every stage, tiny, on generated games
-    torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs or machines
+    torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs, or machines that share the disk of --out
 
 One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i → improve π_{i−1} to π_i by online DPO.
 The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
@@ -246,7 +246,7 @@ def reference_value(args, run, games):
         prm, tokenizer = read_model(Path(args.shape_with) / "prm", run.device, "score")
         if tokenizer.tokens != Tokenizer.load(run.path / "iter0/policy").tokens:
             raise UserError(f"--shape-with {args.shape_with}: another vocabulary than this run's; start from the same π_0 (--init)")
-        trajectories = [t for t in rollouts_in(args.shape_with) if t.game in games.counts]
+        trajectories = [without_hint(t, tokenizer) for t in rollouts_in(args.shape_with) if t.game in games.counts]
         if not trajectories:
             raise UserError(f"--shape-with {args.shape_with}: no rollouts there of the games of this run; name an iteration of a run, such as runs/default/iter3")
         labels = state_labels(trajectories, q_table(trajectories, tokenizer, args.gamma))
@@ -263,7 +263,7 @@ def reference_values(run, trajectories):
 
 
 def demonstrations(args, games, tokenizer):
-    """Those that π_0 was trained on. -> [(Trajectory, taught (T,) bool)]"""
+    """Those that π_0 was trained on (one of --init, if its run had the same --demos, --mistakes, --demo-noise and --seed). -> [(Trajectory, taught (T,) bool)]"""
     return expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
                                max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
 

@@ -47,7 +47,7 @@ class Tree:
                 self.end[n] = len(i) - 1
             ids.append(i), positions.append(p), owner.append(o), limit.append(l)
         to = lambda x: torch.as_tensor(x, dtype=torch.long).to(device)
-        self.ids, self.positions = pad(ids).to(device), pad(positions).to(device)  # (B, S)
+        self.ids, self.positions, self.lengths = pad(ids).to(device), pad(positions).to(device), to(list(map(len, ids)))  # (B, S), (B, S), (B,)
         owner, limit, S = pad(owner, -2).to(device), pad(limit, 0).to(device), self.ids.shape[1]
         trunk = (owner == -1)[:, None, :]  # columns that are trunk
         causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
@@ -57,7 +57,7 @@ class Tree:
 
     def hidden(self, model):
         """(B, S, D): the trunks' tokens first, then those of their branches."""
-        return model(self.ids, self.positions, self.mask)
+        return model.ragged(self.ids, self.lengths, self.positions, self.mask)
 
     def logprobs(self, policy, temperature, h=None):
         """Log-probability of each branch's action, summed over its sampled tokens: (branches,). h: the policy's `hidden`, if at hand."""

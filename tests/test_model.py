@@ -79,6 +79,27 @@ def test_a_padded_batch_equals_each_sequence_alone():
         torch.testing.assert_close(h[:len(row)], model(row[None])[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", ([40], [40, 3], [7, 40, 12, 1, 33], [5, 9, 40, 2, 2, 17, 28, 31, 11]))
+def test_sequences_of_like_length_run_together_are_the_padded_batch(lengths):
+    model, ids, S = random_model(), random_ids(len(lengths), 40), 40
+    positions = torch.arange(S).flip(0).repeat(len(lengths), 1)  # any
+    mask = torch.rand(len(lengths), S, S, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask |= torch.eye(S, dtype=torch.bool)
+    mask &= torch.arange(S) < torch.tensor(lengths)[:, None, None]  # nothing looks at padding
+    for extra in ((), (positions, mask | ~mask.any(-1, keepdim=True))):
+        whole, parts = model(ids, *extra), model.ragged(ids, torch.tensor(lengths), *extra)
+        assert parts.shape == whole.shape
+        for n, a, b in zip(lengths, whole, parts):
+            torch.testing.assert_close(a[:n], b[:n], atol=1e-5, rtol=1e-4)
+        model.zero_grad()
+        sum(h[:n].sum() for n, h in zip(lengths, parts)).backward()
+        ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        sum(h[:n].sum() for n, h in zip(lengths, whole)).backward()
+        for a, b in zip(ours, [p.grad for p in model.parameters() if p.grad is not None]):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("shape, seed, n", [*((shape, seed, 6) for shape in SHAPES for seed in range(4)), *(({}, seed, 70) for seed in range(3))])
 @torch.no_grad()
 def test_growing_a_cache_by_random_chunks_equals_whole_sequences(shape, seed, n):

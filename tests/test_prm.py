@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import prm as prm_module
 from common import pad
-from prm import (actions_of, answers_loss, batches, bce_loss, bt_loss, epoch_steps, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
+from prm import (Objective, actions_of, answers_loss, batches, bce_loss, bt_loss, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
                  promise_progress_loss, report, score, scores_at, share_right, train_prm)
 from qestimate import labels_of, preference_pairs, q_table, td_gae
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
@@ -119,23 +119,15 @@ def test_a_batch_has_the_gradient_of_its_parts():
 
 @pytest.mark.parametrize("n, batch", ((1, 4), (7, 3), (100, 8), (1000, 4), (33, 32), (256, 32), (257, 32)))
 def test_every_epoch_takes_each_trajectory_once(n, batch):
-    lengths = np.random.default_rng(0).integers(10, 300, n)
-    stream, order = batches(lengths, batch, np.random.default_rng(1)), []
+    stream, order = batches(n, batch, np.random.default_rng(1)), []
     for _ in range(3):
-        epoch = [next(stream) for _ in range(epoch_steps(n, batch))]
+        epoch = [next(stream) for _ in range(-(-n // batch))]
         assert sorted(np.concatenate(epoch).tolist()) == list(range(n))
         assert max(map(len, epoch)) <= batch
         order.append(np.concatenate(epoch).tolist())
     assert n < 5 or order[0] != order[1]
-    together = [{frozenset(b.tolist()) for b in epoch} for epoch in ([next(stream) for _ in range(epoch_steps(n, batch))] for _ in range(2))]
+    together = [{frozenset(b.tolist()) for b in epoch} for epoch in ([next(stream) for _ in range(-(-n // batch))] for _ in range(2))]
     assert n < 2 * batch or together[0] != together[1]  # not the same ones side by side every time
-
-
-def test_batches_hold_neighbours_in_length():
-    lengths = np.random.default_rng(0).integers(10, 300, 512)
-    stream = batches(lengths, 16, np.random.default_rng(1))
-    padding = [1 - lengths[b].mean() / lengths[b].max() for b in (next(stream) for _ in range(32))]
-    assert np.mean(padding) < 0.15  # about 0.45 for random batches
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------------------
@@ -170,6 +162,21 @@ def test_the_seed_names_the_training(tmp_path):
     (a, log_a), (b, log_b), (c, _) = (fit(tmp_path / str(i), seed, epochs=1) for i, seed in enumerate((1, 1, 2)))
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (a, b, c)]
     assert torch.equal(weights[0], weights[1]) and log_a == log_b and not torch.equal(weights[0], weights[2])
+
+
+def test_an_action_weighs_the_same_in_a_batch_of_short_episodes_and_in_one_of_long_ones(tmp_path):
+    trajectories, batch, losses = expert_trajectories()[:48], 4, []
+    assert min(map(len, trajectories)) < max(map(len, trajectories)) / 2
+    model = random_model(head="score")
+
+    def mean(f, picked, total):
+        losses.append(float(torch.cat(f).detach().sum() / total))
+        return torch.cat(f).sum() / total, {}
+
+    expected = np.concatenate(score(model, trajectories)).mean()
+    objective = Objective(mean, actions_of(trajectories), [len(t) for t in trajectories])
+    train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=1, lr=1e-12, batch=batch, seed=0, state=tmp_path / "state", renumber=False)
+    assert len(losses) == len(trajectories) // batch and np.mean(losses) == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
