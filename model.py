@@ -156,11 +156,11 @@ class Transformer(nn.Module):
         last = torch.cat([rows[1:] != rows[:-1], rows.new_ones(1, dtype=torch.bool)])  # of its row's tokens
         groups = []  # (tokens, stretch of the cache), each to be attended by itself
         if 2 * int(last.sum()) > cache.rows:  # most rows are here: the last token of each, without padding, and those before it, by stretches
-            step = max(32, -(-cache.rows // 4))
-            for first in range(0, cache.rows, step):
-                stretch = slice(first, min(first + step, cache.rows))
-                inside = (rows >= stretch.start) & (rows < stretch.stop)
-                groups += [((inside & which).nonzero()[:, 0], stretch) for which in (last, ~last)]
+            for which, least in (last, 32), (~last, 4):
+                step = max(least, -(-cache.rows // 4))
+                for first in range(0, cache.rows, step):
+                    stretch = slice(first, min(first + step, cache.rows))
+                    groups.append((((rows >= stretch.start) & (rows < stretch.stop) & which).nonzero()[:, 0], stretch))
         else:
             groups.append((torch.arange(len(ids), device=ids.device), slice(0, cache.rows)))
         parts = [_Queries(self.config, rows[tokens], slots[tokens], tokens, stretch) for tokens, stretch in groups if len(tokens)]

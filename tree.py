@@ -79,13 +79,15 @@ def propose(policy, trunks, states, n, temperature, names):
     """
     device = policy.cos.device
     lengths = np.array([max([start for b, start in states if b == n], default=1) for n in range(len(trunks))])  # no state sees more
-    trunks = [trunk[:length] for trunk, length in zip(trunks, lengths)]
+    order = np.argsort(lengths, kind="stable")  # rows of like length side by side: they are attended together
+    lengths, trunks = lengths[order], [trunks[n][:lengths[n]] for n in order]
     trunk_cache = Cache(policy.config, len(trunks), int(lengths.max()), device)
     rows = np.repeat(np.arange(len(trunks)), lengths)
     slots = np.concatenate([np.arange(l) for l in lengths])
     to = lambda a: torch.from_numpy(a).to(device)
     h = policy.extend(to(np.concatenate(trunks).astype(np.int64)), to(rows), to(slots), trunk_cache)  # (tokens, D)
     owner, start = np.array(states).T
+    owner = np.argsort(order)[owner]  # row of its trunk
     last = (lengths.cumsum() - lengths)[owner] + start - 1  # the <act> before the action
     drawn = branch(policy, trunk_cache, owner, start, h[to(last)], n, np.stack([np.broadcast_to(name, len(owner)) for name in names]), temperature)
     return [[(action, forced) for action, _, forced in state] for state in drawn]

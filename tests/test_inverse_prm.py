@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
 
 
 def test_it_learns_to_tell_the_expert_from_the_learner(tmp_path, sides):
-    prm, log = fit(*sides, updates=60, state=tmp_path / "state")
+    prm, log = fit(*sides, updates=120, state=tmp_path / "state")
     assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.05)
     end = {k: np.mean([entry[k] for entry in log[-5:]]) for k in log[0]}
     assert end["accuracy"] > 0.6 and end["reward/expert"] > 0 > end["reward/learner"]
