@@ -10,6 +10,7 @@ from typing import Callable
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from common import generator, optimise, pad
 from qestimate import pearson
@@ -198,7 +199,7 @@ def score(prm, trajectories, batch=64, places=actions_of):
     """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t)."""
     order = np.argsort([len(t.ids) for t in trajectories], kind="stable")
     out = [None] * len(trajectories)
-    for start in range(0, len(order), batch):
+    for start in tqdm(range(0, len(order), batch), "score", unit="batch", leave=False, dynamic_ncols=True, disable=len(order) < 5000):  # minutes at full size
         picked = order[start:start + batch]
         h = prm(pad([trajectories[i].ids for i in picked]).to(prm.cos.device))
         f = scores_at(prm, h, places([trajectories[i] for i in picked])).cpu().numpy()
