@@ -130,14 +130,16 @@ class Transformer(nn.Module):
         return self._run(x, cos, sin, lambda layer: attend)
 
     def ragged(self, ids, lengths, positions=None, mask=None):
-        """`forward` of a batch of sequences of very different lengths (B,) -> (B, S, D), zeros behind their ends.
+        """`forward` of a batch of sequences of very different lengths (B,) -> (B, S, D); what stands behind their ends means nothing.
 
         In random batches half of the places are padding. On a CPU that costs more than four passes over sequences of like length.
         """
-        B, S = ids.shape
+        if ids.device.type != "cpu":
+            return self(ids, positions, mask)
+        S = ids.shape[1]
         cut = lambda t, rows, n: None if t is None else t[rows, :n] if t.ndim == 2 else t[rows, :n, :n]
         order, parts = torch.argsort(lengths), []
-        for rows in order.chunk(4) if ids.device.type == "cpu" else [order]:
+        for rows in order.chunk(4):
             longest = int(lengths[rows].max())
             h = self(cut(ids, rows, longest), cut(positions, rows, longest), cut(mask, rows, longest))
             parts.append(F.pad(h, (0, 0, 0, S - longest)))

@@ -315,10 +315,10 @@ def improve(args, run, games, i, trajectories):
 
 def evaluate(args, run, games, i):
     """Success of π_i, on dev and on the test splits."""
-    policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)
     for split, played, each in (("dev", games.dev, args.dev_episodes), *((split, test, args.episodes_per_game) for split, test in games.test.items())):
         with run.stage(f"iter{i}/eval-{split}") as stage:
             if not stage.done:
+                policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)
                 result = evaluate_policy(policy, tokenizer, played, episodes_per_game=each, slots=args.slots, temperature=args.eval_temperature,
                                          max_steps=args.max_steps, seed=args.seed, name=f"π_{i} on {split}")
                 stage.finish({"split": split, **result})
