@@ -36,7 +36,7 @@ def span(low, high):
 
 def figures_of(run):
     """All figures that the run has numbers for."""
-    made = (success(run), *(task_types(run, split) for split in run.splits), best_of_n(run), calibration(run), hacking(run), visits(run), time(run))
+    made = (success(run), demonstrations(run), *(task_types(run, split) for split in run.splits), calibration(run), best_of_n(run), hacking(run), visits(run), time(run))
     return [figure for figure in made if figure]
 
 
@@ -90,6 +90,24 @@ def task_types(run, split):
     return dict(name=f"tasks-{split}", title=f"By task type, {split}", x=("games won", -0.02, 1.02, TENTHS[::2]),
                 y=("", 0, len(kinds), [(len(kinds) - k - 0.5, KINDS[kind]) for k, kind in enumerate(kinds)]), marks=marks,
                 legend=[(row["i"], pi(row["i"])) for row in rows], note="Lines: 95 % intervals, bootstrap over games.")
+
+
+def demonstrations(run):
+    """SFT alone on more and more demonstrations (sft.py --curve), and what the iterations made of the run's few."""
+    if not run.sft:
+        return None
+    split, own = run.sft[0]["split"], log10(run.config["flags"]["demos"])
+    alone = [(log10(row["demos"]), row["success"]) for row in run.sft]
+    ours = {row["i"]: (own, row["success"]) for row in run.rows if row["split"] == split}
+    points = [*alone, *ours.values()]
+    left, right = min(points)[0] - 0.1, max(points)[0] + 0.1
+    marks = [*curve("grey", alone, [f"SFT on {row['demos']:,} demonstrations: {percent(row['success'])}" for row in run.sft]),
+             *curve(1, list(ours.values()), [f"{pi(i)}: {percent(p)}" for i, (_, p) in ours.items()]),
+             *(("dashes", 1, [(x, p), (right, p)], "") for i, (x, p) in ours.items() if i == run.best)]
+    return dict(name="demonstrations", title="How many demonstrations is that worth?",
+                x=("demonstrations", left, right, [(log10(n), f"{n / 1000:g}k" if n >= 1000 else str(n)) for n in (row["demos"] for row in run.sft)]),
+                y=success_axis(p for _, p in points), marks=marks, legend=[("grey", "SFT alone"), (1, f"{pi(0)} … {pi(max(ours))} of this run")],
+                note=f"Games of {split}. Each dot of SFT alone is a policy of its own; the dashes say which of them the best policy, {pi(run.best)}, stands with.")
 
 
 def best_of_n(run):

@@ -2,6 +2,7 @@
 
     python report.py runs/default                     # -> runs/default/report/index.html, and every figure as PNG
     python report.py runs/default --episodes 0        # numbers and figures alone: no model, no games
+    python report.py runs/default --sft-curve runs/sft-curve    # with SFT on more and more demonstrations beside it, of sft.py --curve
 
 The page (its template is report.html) asks for nothing: figures are inline SVG, episodes lie in it as JSON. PNGs need
 matplotlib (requirements-dev.txt); without it the page is written all the same. A run that is not finished is reported as far
@@ -43,6 +44,7 @@ def main():
     add("--episodes", type=int, default=40, help="episodes of the best policy in the viewer; 0: no viewer", metavar="N")
     add("--split", default="dev", help="whose games they play: dev, or a test split of the run")
     add("--data", help="folder that holds json_2.1.1 (default: the run's, else $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
+    add("--sft-curve", help="folder of sft.py --curve, to draw beside the run", metavar="DIR")
     add("--out", help="where the page goes (default: RUN/report)", metavar="DIR")
     add("--seed", type=int, default=0, help="names all randomness")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -50,7 +52,7 @@ def main():
     if min(args.episodes, args.seed) < 0:
         raise UserError("--episodes and --seed are at least 0")
     set_up_torch()
-    run, out = read_run(args.run), Path(args.out or Path(args.run) / "report")
+    run, out = read_run(args.run, args.sft_curve), Path(args.out or Path(args.run) / "report")
     if args.split not in run.splits:
         raise UserError(f"--split {args.split}: the run was evaluated on {', '.join(run.splits)}")
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
@@ -66,11 +68,11 @@ def main():
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB; {also}")
 
 
-def read_run(folder):
-    """A run directory -> .path .config .data .parameters .seconds .curves (rows of curves.py) .iterations .splits (dev first) .best (on dev), .stages(name) ->
-    [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
+def read_run(folder, sft_curve=None):
+    """A run directory -> .path .config .data .parameters .seconds .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
+    .best (on dev), .stages(name) -> [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
 
-    UserError where π_0 and π_1 are not evaluated.
+    UserError where π_0 and π_1 are not evaluated, or the curve is not of a split that the run has.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -87,11 +89,25 @@ def read_run(folder):
         rows.append({**row, "i": i, "interval": success_interval(row["episodes"]), "gain": paired_bootstrap(evals[split, 0]["episodes"], row["episodes"])})
     best = max((row for row in rows if row["split"] == "dev"), key=lambda row: (row["success"], -row["i"]))["i"]
     curves = [read_json(file) for file in sorted(folder.glob("curves-*.json"))]
-    return SimpleNamespace(path=folder, config=read_json(folder / "config.json"), data=read_json(folder / "data.json"), rows=rows,
+    config, splits = read_json(folder / "config.json"), list(dict.fromkeys(row["split"] for row in rows))
+    return SimpleNamespace(path=folder, config=config, data=read_json(folder / "data.json"), rows=rows,
                            seconds=read_json(folder / "state.json")["seconds"], iterations=sorted({row["i"] for row in rows}),
-                           splits=list(dict.fromkeys(row["split"] for row in rows)), best=best, parameters=records[0, "sft"]["parameters"],
+                           splits=splits, best=best, sft=sft_alone(sft_curve, splits, config["flags"]["init"]) if sft_curve else [], parameters=records[0, "sft"]["parameters"],
                            curves=[{**row, "split": one["split"]} for one in curves for row in one["rows"]],
                            stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
+
+
+def sft_alone(folder, splits, init):
+    """Success of SFT alone by number of demonstrations, as sft.py --curve has left it in `folder`. -> rows; UserError where it cannot stand beside the run"""
+    file = Path(folder, "curve.json")
+    if not file.exists():
+        raise UserError(f"--sft-curve {folder}: no curve of sft.py --curve there (curve.json is missing)")
+    rows = sorted(read_json(file), key=lambda row: row["demos"])
+    if rows[0]["split"] not in splits:
+        raise UserError(f"--sft-curve {folder}: its games are those of {rows[0]['split']}, the run's those of {', '.join(splits)}")
+    if init:
+        raise UserError(f"--sft-curve: the run started from --init {init}, and does not say how many demonstrations made that")
+    return rows
 
 
 def success_interval(episodes):
@@ -140,7 +156,7 @@ def page(run, figures, episodes, split):
              "games": "; ".join(source.partition(" from ")[0] for source in run.data.values()), "rollouts an iteration": f"{flags['rollouts']:,}"}
     places = {"title": escape(run.path.resolve().name), "tiles": "".join(f"<li><b>{value}</b> {what}</li>" for value, what in tiles),
               "setting": f"Cap {flags['max_steps']} steps, temperature {flags['eval_temperature']}, actions written freely",
-              "success": made.pop("success"), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run),
+              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run),
               "tasks": "".join(html for name, html in made.items() if name.startswith("tasks-")),
               "figures": "".join(html for name, html in made.items() if not name.startswith("tasks-")),
               "about": "".join(f"<dt>{what}</dt><dd>{escape(str(value))}</dd>" for what, value in about.items()),

@@ -224,6 +224,20 @@ def test_best_of_n_is_drawn_where_it_was_measured(run, tmp_path, monkeypatch, ca
     assert "π₀ by Q₁, episodes, dev: best of 4 wins 70.0 %" in text and "episodes, dev: best of 1 wins" not in text and '<figure id="best-of-n"' in text
 
 
+def test_sft_alone_is_drawn_where_its_curve_is_named(run, tmp_path, monkeypatch, capsys):
+    rows = [{"demos": n, "split": "valid_seen", "success": p} for n, p in ((2000, 0.75), (50, 0.125))]
+    (tmp_path / "curve.json").write_text(json.dumps(rows))
+    assert in_process(report_main, (run[0], "--episodes", 0, "--sft-curve", tmp_path, "--out", tmp_path), monkeypatch, capsys).returncode == 0
+    text = (tmp_path / "index.html").read_text()
+    of_run = {i: read(run[0] / f"iter{i}/eval-valid_seen.json")["success"] for i in range(3)}
+    figure = text[text.index('<figure id="demonstrations"'):]
+    figure = figure[:figure.index("</figure>")]
+    said = re.findall("<li>(.*?)</li>", figure[figure.index("<details>"):])
+    assert said == ["SFT on 50 demonstrations: 12.5 %", "SFT on 2,000 demonstrations: 75.0 %", *(f"{pi(i)}: {100 * p:.1f} %" for i, p in of_run.items())]
+    assert len(set(re.findall(r'class="c1" cx="([\d.]+)"', figure))) == 1  # the run's policies stand over its own number of demonstrations
+    assert figure.count('"c1 dashes"') == 1
+
+
 def test_a_run_with_relative_prms_is_reported_without_what_they_cannot_say(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
@@ -241,6 +255,9 @@ def test_a_run_with_relative_prms_is_reported_without_what_they_cannot_say(run, 
     (("/nowhere",), ("/nowhere", "config.json")),
     (("{unevaluated}",), ("not evaluated",)),
     (("{run}", "--split", "valid_unseen"), ("--split valid_unseen", "dev, valid_seen")),
+    (("{run}", "--sft-curve", "{run}"), ("--sft-curve", "curve.json")),
+    (("{run}", "--sft-curve", "{of_train}"), ("--sft-curve", "train", "dev, valid_seen")),
+    (("{begun}", "--sft-curve", "{begun}"), ("--sft-curve", "--init somewhere")),
     (("{run}", "--episodes", -1), ("--episodes",)),
     (("{run}", "--seed", -1), ("--seed",)),
     (("{run}", "--device", "tpu9"), ("tpu9",)),
@@ -250,13 +267,18 @@ def test_a_run_with_relative_prms_is_reported_without_what_they_cannot_say(run, 
     (("{run}", "--episode", 3), ("--episode",)),
 ))
 def test_mistakes_are_told_in_one_line(run, flags, parts, tmp_path, monkeypatch, capsys):
-    copies = {name: tmp_path / name for name in ("unevaluated", "moved", "unmodelled") if f"{{{name}}}" in flags}
+    copies = {name: tmp_path / name for name in ("unevaluated", "moved", "unmodelled", "of_train", "begun") if f"{{{name}}}" in flags}
     for folder in copies.values():
         shutil.copytree(run[0], folder)
     if "unevaluated" in copies:
         (copies["unevaluated"] / "iter1/eval-dev.json").unlink()
     if "moved" in copies:
         (copies["moved"] / "data.json").write_text(json.dumps({"train": "3,553 games of train from somewhere"}))
+    for name in {"of_train", "begun"} & copies.keys():
+        (copies[name] / "curve.json").write_text(json.dumps([{"demos": 50, "split": "train" if name == "of_train" else "dev", "success": 0.5}]))
+    if "begun" in copies:
+        config = read(run[0] / "config.json")
+        (copies["begun"] / "config.json").write_text(json.dumps(config | {"flags": config["flags"] | {"init": "somewhere"}}))
     if "unmodelled" in copies:
         shutil.rmtree(next(copies["unmodelled"].glob(f"iter{read(run[0] / 'result.json')['best']}/policy")))
     words = [str(flag).format(run=run[0], **copies) for flag in flags]
