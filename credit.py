@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from inverse_prm import learned_rewards
-from prm import score, sigmoid
+from prm import actions_of, score, sigmoid
 from qestimate import returns
 
 TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}  # (K, …) -> (…)
@@ -24,31 +24,23 @@ def judged_by(prms, how):
     return judge
 
 
-def opinions(prms, trajectories):
-    """Q of every action by every PRM: for each trajectory (K, T)."""
-    return [np.stack(of_one) for of_one in zip(*(map(sigmoid, score(prm, trajectories)) for prm in prms))]
-
-
-def before(q):
-    """M_{t−1}, what the PRM promised before each action of a rollout, (T,): Q of the action before, of the first action itself; q (T,): its Q."""
-    return np.concatenate([q[:1], q[:-1]])
-
-
-def expected(q, gamma):
-    """V(s_t) of a rollout by the PRM, (T,): as Q(s_{t−1}, a_{t−1}) = γ V(s_t), the Q of the action before over γ; at the first state Q of the action itself."""
-    return np.concatenate([q[:1], np.minimum(1, q[:-1] / gamma)])
+def opinions(prms, trajectories, places=actions_of):
+    """Q of every action by every PRM, or with `states_of` V of every state: for each trajectory (K, T)."""
+    return [np.stack(of_one) for of_one in zip(*(map(sigmoid, score(prm, trajectories, places=places)) for prm in prms))]
 
 
 def better_than_expected(trajectory, V, gamma):
     """How much better a won rollout went than its states' values V (T,), max(0, G_t − V(s_t)), (T,): self-imitation (Oh et al. 2018,
     eq. 2). Lost rollouts give nothing.
+
+    V must know what was seen at s_t: with Q(s_{t−1}, a_{t−1}) / γ in its place, the luck of finding a thing is the next action's merit.
     """
     return trajectory.won * np.maximum(0, returns(trajectory, gamma) - V)
 
 
 def progress(trajectory, q):
     """What each action added to the PRM's promise, max(0, M_t − M_{t−1}), (T,), of any rollout, won or not (P2); the first nothing."""
-    return np.maximum(0, q - before(q))
+    return np.maximum(0, np.diff(q, prepend=q[:1]))
 
 
 def like_the_expert(trajectory, f, gamma, hide_ends=False):

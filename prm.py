@@ -1,7 +1,7 @@
 """Stage 2: the process reward model Q(s, a): losses as pure functions, its training, its scores, its report card.
 
 The PRM is the policy's transformer with a scalar head f, read at the <end> of each action: one causal pass over a trajectory
-gives Q at all its actions.
+gives Q at all its actions. Read at the <act> before an action, the same head gives V of the state, which imitation in stage 3 asks for.
 """
 
 from dataclasses import dataclass
@@ -142,8 +142,8 @@ def promise_and_progress(trajectories, targets, beta):
     return Objective(loss, actions_of(trajectories), [len(t) for t in trajectories])
 
 
-def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, batch, seed, state, obs_weight=0.0, renumber=True, name="PRM"):
-    """Fit f to an Objective over the trajectories, and `obs_weight` times the world's answers. -> log.
+def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, batch, seed, state, value=None, obs_weight=0.0, renumber=True, name="PRM"):
+    """Fit f to an Objective over the trajectories, to another one for the states' values, and `obs_weight` times the world's answers. -> log.
 
     counts: {game id: {base name: n}}; with `renumber` every pass tells each
     trajectory with other instance numbers, under which Q does not change.
@@ -151,7 +151,9 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     steps = max(1, round(epochs * -(-len(trajectories) // batch)))
     plan = [i for _, i in zip(range(steps), batches(len(trajectories), batch, generator(seed, "prm")))]
     device = prm.cos.device
-    weight, answered = np.mean(objective.weights) or 1, np.mean([len(answers_of(t.spans)) for t in trajectories])  # of a trajectory
+    goals = {"": objective, **({"value/": value} if value else {})}
+    weights = {kind: np.mean(goal.weights) or 1 for kind, goal in goals.items()}  # of a trajectory
+    answered = np.mean([len(answers_of(t.spans)) for t in trajectories])
 
     def told(i, rng):
         """Ids of a trajectory, those of its branches behind them, with other numbers. -> ids (L,), branches [ids]"""
@@ -164,9 +166,7 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     def loss_of(step):
         rng = generator(seed, "prm numbers", step)
         texts = [told(i, rng) for i in plan[step]]
-        # what a batch of so many weighs on average: by its own weight, an action would weigh more in a batch of short episodes, which are won ones
-        total, total_answers = (len(plan[step]) * mean for mean in (weight, answered))
-        picked, texts = mine(plan[step]), mine(texts)
+        n, picked, texts = len(plan[step]), mine(plan[step]), mine(texts)
         if not len(picked):
             return None, {}
         trunks = [ids for ids, _ in texts]
@@ -177,11 +177,15 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
         else:
             ids = pad(trunks).to(device)
             h = prm.ragged(ids, torch.tensor(list(map(len, trunks)), device=device))  # (B, S, D)
-        places = [objective.places[i] for i in picked]
-        loss, metrics = objective.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, total)
-        metrics = {"loss": summed(loss.detach()), **metrics}
+        loss, metrics = 0, {}
+        for kind, goal in goals.items():
+            places = [goal.places[i] for i in picked]
+            # over what n trajectories weigh on average: by the batch's own weight, an action would weigh more in a batch of short episodes, which are won ones
+            part, told_of = goal.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, n * weights[kind])
+            metrics |= {kind + what: number for what, number in {"loss": summed(part.detach()), **told_of}.items()}
+            loss = loss + part
         if obs_weight:
-            answers = answers_loss(prm, h, ids, [trajectories[i].spans for i in picked], total_answers)
+            answers = answers_loss(prm, h, ids, [trajectories[i].spans for i in picked], n * answered)
             metrics["answers"] = summed(answers.detach())
             loss = loss + obs_weight * answers
         return loss, metrics

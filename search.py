@@ -181,7 +181,7 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
         news = [beam.ids[beam.fed:] for beam in beams]
         feed(prm, prm_cache, rows, lengths.copy(), news)
         h = feed(policy, cache, rows, lengths, news)  # (B, D)
-        candidates = propose(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps)
+        candidates = next_actions(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps)
         owner = np.array([j for j, *_ in candidates])
         fresh = fork(prm, prm_cache, owner, int(lengths.max()))
         q = prm.scores(feed(prm, fresh, np.arange(len(owner)), lengths[owner], [action for _, action, *_ in candidates])).cpu().numpy()
@@ -208,7 +208,7 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
         searches = [search for search in searches if search.live]
 
 
-def propose(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps):
+def next_actions(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps):
     """Sample actions for every live history; cache row j, lengths[j] and h[j] are those of the j-th. -> [(j, ids, log-probability, forced)]
 
     No two candidates of a search are the same history: none of one beam read the same, and no two beams do.

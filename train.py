@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import ranks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
-from credit import TOGETHER, better_than_expected, expected, imitated, judged_by, like_the_expert, opinions, progress
+from credit import TOGETHER, better_than_expected, imitated, judged_by, like_the_expert, opinions, progress
 from dpo import online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
@@ -45,7 +45,7 @@ def main():
     supervised(args, run, games)
     evaluate(args, run, games, 0)
     if args.shape_with:
-        reference_value(args, run, games)
+        reference_value(args, run)
     for i in range(1, args.iters + 1):
         trajectories = roll_out(args, run, games, i)
         if args.forks:
@@ -190,7 +190,8 @@ def process_reward_model(args, run, games, i, trajectories, name):
             labels = labels_of(fit, table)
             if args.forks:
                 labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
-            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, **options)
+            value = fit_labels(state_labels(fit, table), states_of(fit)) if prm.config.head == "score" else None
+            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, value=value, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         card = report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0])
@@ -224,7 +225,8 @@ def prm_names(args):
 def objective(args, run, trajectories, labels, pairs):
     """What --prm-loss, --targets, --shape-with and --curiosity ask of Q, with Monte Carlo labels or preferences at hand."""
     if args.shape_with:
-        q_hat = squashed(np.concatenate([shaped(q, V, args.gamma, args.shape) for (q, _), V in zip(labels, reference_values(run, trajectories))]))
+        reference, _ = read_model(run.path / "iter0/value", run.device, "score")
+        q_hat = squashed(np.concatenate([shaped(q, V, args.gamma, args.shape) for (q, _), [V] in zip(labels, opinions([reference], trajectories, states_of))]))
         labels = list(zip(np.split(q_hat.astype(np.float32), np.cumsum([len(t) for t in trajectories])[:-1]), [weight for _, weight in labels]))
     if args.curiosity:
         labels = [(np.minimum(1, q_hat + args.curiosity * np.sqrt(weight)), weight) for q_hat, weight in labels]  # weight: 1 / visits
@@ -238,28 +240,18 @@ def objective(args, run, trajectories, labels, pairs):
     return fit_labels(labels, actions_of(trajectories))
 
 
-def reference_value(args, run, games):
-    """V^μ for --shape-with: μ is the policy whose rollouts and PRM lie in that folder, the values are read at the end of observations."""
+def reference_value(args, run):
+    """V^μ for --shape-with: the states' values by the PRM in that folder; μ is the policy whose rollouts it has learned from."""
     with run.stage("iter0/value") as stage:
         if stage.done:
             return
         prm, tokenizer = read_model(Path(args.shape_with) / "prm", run.device, "score")
+        if prm.config.head == "relative":
+            raise UserError(f"--shape-with {args.shape_with}: its PRM compares actions of one state only, and knows no state's value")
         if tokenizer.tokens != Tokenizer.load(run.path / "iter0/policy").tokens:
             raise UserError(f"--shape-with {args.shape_with}: another vocabulary than this run's; start from the same π_0 (--init)")
-        trajectories = [without_hint(t, tokenizer) for t in rollouts_in(args.shape_with) if t.game in games.counts]
-        if not trajectories:
-            raise UserError(f"--shape-with {args.shape_with}: no rollouts there of the games of this run; name an iteration of a run, such as runs/default/iter3")
-        labels = state_labels(trajectories, q_table(trajectories, tokenizer, args.gamma))
-        log = train_prm(prm, tokenizer, trajectories, fit_labels(labels, states_of(trajectories)), games.counts, epochs=args.prm_epochs, lr=args.prm_lr,
-                        batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"value {args.seed}"), state=stage.state, name="V")
-        save_model(run.path / "iter0/value", prm.eval(), tokenizer)
-        stage.finish({"log": log})
-
-
-def reference_values(run, trajectories):
-    """V^μ of every state: list of (T,) arrays."""
-    value, _ = read_model(run.path / "iter0/value", run.device, "score")
-    return list(map(sigmoid, score(value, trajectories, places=states_of)))
+        save_model(run.path / "iter0/value", prm, tokenizer)
+        stage.finish({})
 
 
 def demonstrations(args, games, tokenizer):
@@ -288,12 +280,10 @@ def improve(args, run, games, i, trajectories):
             elif args.imitate_by == "progress":
                 gains = [progress(t, together(q)) for t, q in zip(some, opinions(prms, some))]
             else:
-                if args.shape_with:
-                    values = reference_values(run, some)
-                elif prms[0].config.head == "relative":  # says nothing about states
+                if prms[0].config.head == "relative":  # says nothing about states
                     values = [np.zeros(len(t)) for t in some]
                 else:
-                    values = [expected(together(q), args.gamma) for q in opinions(prms, some)]
+                    values = map(together, opinions(prms, some, states_of))
                 gains = [better_than_expected(t, V, args.gamma) for t, V in zip(some, values)]
             return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
 

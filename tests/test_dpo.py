@@ -9,8 +9,9 @@ import torch
 
 import dpo
 from common import pad, save_model
-from credit import better_than_expected, expected, imitated, like_the_expert, progress
+from credit import better_than_expected, imitated, like_the_expert, progress
 from dpo import dpo_loss, imitation_loss, online_dpo
+from qestimate import returns
 from sft import sft_loss
 from tiny import counts, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
@@ -171,14 +172,13 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
     """Against the sum written out, with a critic of random numbers."""
     rng, seen = np.random.default_rng(0), set()
     for t in (*played(), *expert_trajectories()[:10]):
-        q = rng.random(len(t)).astype(np.float32)
-        weights = imitated(t, better_than_expected(t, expected(q, 0.9), 0.9), 0.3)
+        V = rng.random(len(t)).astype(np.float32)
+        weights = imitated(t, better_than_expected(t, V, 0.9), 0.3)
         seen.add((t.won, bool(t.inadmissible.any())))
         if not t.won:
             assert not weights.any()
             continue
         by_hand = np.zeros(len(t.ids))
-        V = [min(1, q[k - 1] / 0.9) if k else q[0] for k in range(len(t))]
         worth = [0 if wrong else max(0, 0.9 ** (len(t) - 1 - k) - V[k]) for k, wrong in enumerate(t.inadmissible)]
         for k, (start, end) in enumerate(t.spans):
             by_hand[start:end] = worth[k]
@@ -190,10 +190,8 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
 
 
 def test_a_won_rollout_that_went_as_expected_teaches_nothing():
-    """A critic that knows the return at every action expects what comes; only the first state has no action before it."""
     for t in (t for t in expert_trajectories()[:10] if t.won):
-        q = 0.9 ** np.arange(len(t) - 1, -1, -1.0)
-        np.testing.assert_allclose(better_than_expected(t, expected(q, 0.9), 0.9), 0, atol=1e-12)
+        np.testing.assert_allclose(better_than_expected(t, returns(t, 0.9), 0.9), 0, atol=1e-12)
 
 
 def test_progress_is_what_an_action_added_and_reads_no_outcome():

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import prm as prm_module
 from common import pad
 from prm import (Objective, actions_of, answers_loss, batches, bce_loss, bt_loss, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
-                 promise_progress_loss, report, score, scores_at, share_right, train_prm)
-from qestimate import labels_of, preference_pairs, q_table, td_gae
+                 promise_progress_loss, report, score, scores_at, share_right, states_of, train_prm)
+from qestimate import labels_of, preference_pairs, q_table, state_labels, td_gae
 from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
 from tokenizer import END
 
@@ -138,6 +138,19 @@ def toy():
     return trajectories, labels_of(trajectories, q_table(trajectories, tokenizer(), 0.95))
 
 
+def first_action_decides():
+    """Each episode of the expert, and one in its place that looks around at once and is lost."""
+    trajectories = []
+    for t in (t for t in expert_trajectories() if len(t) > 2):
+        look = np.array([*tokenizer().encode("look"), END], np.int32)
+        start, end = t.spans[0]
+        lost = copy.copy(t)
+        lost.ids, lost.spans = np.concatenate([t.ids[:start], look]), np.array([[start, start + len(look)]])
+        lost.won, lost.reward, lost.inadmissible = False, 0.0, t.inadmissible[:1]
+        trajectories += [t, lost]
+    return trajectories
+
+
 def fit(tmp_path, seed=0, epochs=8, **options):
     trajectories, labels = toy()
     model = taught().with_score_head()
@@ -156,6 +169,22 @@ def test_training_drives_the_excess_loss_down_and_orders_the_actions(tmp_path):
     # nearer the win, the higher
     wins = [f for f, t in zip(score(model, trajectories), trajectories) if t.won and len(t) > 4]
     assert np.mean([f[-1] > f[0] for f in wins]) > 0.9
+
+
+def test_the_same_head_learns_the_values_of_states_from_the_tokens_before_the_action(tmp_path):
+    """Of episodes that are won by one first action and lost by another, Q knows which, and V that it is half and half."""
+    trajectories = first_action_decides()
+    table = q_table(trajectories, tokenizer(), 0.95)
+    values = state_labels(trajectories, table)
+    model = taught().with_score_head()
+    log = train_prm(model, tokenizer(), trajectories, fit_labels(labels_of(trajectories, table), actions_of(trajectories)), counts(), epochs=8, lr=5e-3, batch=16, seed=0,
+                    state=tmp_path / "state", value=fit_labels(values, states_of(trajectories)))
+    assert log[-1]["value/excess"] < 0.4 * log[0]["value/excess"] and log[-1]["excess"] < 0.4 * log[0]["excess"]
+    q, v = ([1 / (1 + np.exp(-f[0])) for f in score(model, trajectories, places=places)] for places in (actions_of, states_of))
+    wins, losses = range(0, len(q), 2), range(1, len(q), 2)
+    between = [q[lost] < v[won] < q[won] for won, lost in zip(wins, losses) if trajectories[won].won]
+    assert np.mean(between) > 0.9
+    assert all(v[won] == pytest.approx(v[lost], abs=1e-4) for won, lost in zip(wins, losses))  # the action is not seen yet
 
 
 def test_the_seed_names_the_training(tmp_path):
@@ -215,14 +244,7 @@ def test_a_gap_is_the_difference_of_q_or_of_f_each_action_read_by_itself(head):
 @pytest.mark.parametrize("kind", ("bt", "td-gae"))
 def test_other_objectives_learn_too(tmp_path, kind):
     """Won or lost by the first action: the PRM learns which is better, by preferences or by labels of its own."""
-    trajectories = []
-    for t in (t for t in expert_trajectories() if len(t) > 2):
-        look = np.array([*tokenizer().encode("look"), END], np.int32)
-        start, end = t.spans[0]
-        lost = copy.copy(t)
-        lost.ids, lost.spans = np.concatenate([t.ids[:start], look]), np.array([[start, start + len(look)]])
-        lost.won, lost.reward, lost.inadmissible = False, 0.0, t.inadmissible[:1]
-        trajectories += [t, lost]
+    trajectories = first_action_decides()
     table = q_table(trajectories, tokenizer(), 0.95)
     if kind == "bt":
         pairs, told = preference_pairs(trajectories, table, 0.03)
