@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from common import generator, key, optimise, pad
+from prm import batches
 from ranks import mine, summed
 from tree import Tree, distinct, propose
 
@@ -45,9 +46,11 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
-    plan = [generator(seed, "drawn", step).choice(len(trajectories), trunks, replace=len(trajectories) < trunks) for step in range(steps)]
-    visited = np.unique(plan)
+    plan = [picked for _, picked in zip(range(steps), batches(len(trajectories), trunks, generator(seed, "drawn")))]
+    visited = np.unique(np.concatenate(plan))
     worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
+    # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more
+    length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([w[1:].sum() for w in worth_of.values()] or [0.0])
 
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
@@ -71,7 +74,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
         ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
         worth = [worth_of[i] if imitate else np.zeros(1, np.float32) for i in plan[step]]
-        total_states, total_weight = sum(map(len, at)), float(sum(w[1:].sum() for w in worth))  # of the batch; this rank has a part of it
+        total_states, total_weight = length * len(picked), weight * len(picked)  # of an average batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
         picked, ids, at, worth, first = map(mine, (picked, ids, at, worth, first))
         if total_weight:
@@ -80,6 +83,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
             return None, metrics
         states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked) for k in at[b]]
         branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
+        stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)  # states: of a long trajectory as few are drawn as of a short one
         taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated
         if not branches and not taught:
             return None, metrics
@@ -91,7 +95,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
                 ref = cut.logprobs(reference, temperature).view(-1, 2)
             pi = tree.logprobs(policy, temperature, h).view(-1, 2)
             losses, chosen, rejected = dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], beta)
-            loss = losses.sum() / total_states  # a state without a preference counts as one that is content
+            loss = (stands_for * losses).sum() / total_states  # a state without a preference counts as one that is content
             n = len(losses)
             metrics.update({"loss": (losses.detach().sum(), n), "rewards/margins": ((chosen - rejected).sum(), n),
                             "rewards/accuracies": ((chosen > rejected).sum(), n), "pairs/log_ratio": ((pi.detach() - ref).sum(), 2 * n)})
