@@ -130,7 +130,7 @@ def shaped(q_hat, V, gamma, how):
 def squashed(values):
     """Shaped targets (n,) -> [0, 1]: a sigmoid centred on their mean with slope 3/IQR, 1 where the IQR is 0 (public code)."""
     low, high = np.quantile(values, (0.25, 0.75))
-    return 1 / (1 + np.exp(-(values - values.mean()) * (3 / (high - low) if high > low else 1)))
+    return 1 / (1 + np.exp(np.minimum(700, (values.mean() - values) * (3 / (high - low) if high > low else 1))))  # exp(710) overflows
 
 
 def td_gae(M, v_0, R, gamma, lam):
