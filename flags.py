@@ -88,7 +88,7 @@ def parse_flags(argv=None, doc=None):
     g.add_argument("--hide-ends", action="store_true", help="inverseprm: do not show that an episode ended by itself")
     add(g, "--state", "history", "what returns are averaged over: rollouts with the same history (the paper), or with the same state of the world (ours)", choices=("history", "world"))
     add(g, "--curiosity", 0.0, "bonus for rarely visited (s, a): this much over the root of its visits, added to Q̂", metavar="C")
-    add(g, "--shape-with", None, "shape Q̂ by the values of a reference policy, whose rollouts and PRM lie in this iteration of a run, such as runs/default/iter3", metavar="DIR")
+    add(g, "--shape-with", None, "shape Q̂ by the values of a reference policy, which the PRM in this iteration of a run has learned, such as runs/default/iter3", metavar="DIR")
     add(g, "--shape", "difference", "difference: Q̂ + γV(s') − V(s), as in the public code; potential: Q̂ − V(s)", choices=("difference", "potential"))
     add(g, "--ensemble", 1, "PRMs, which differ in the order of their lessons")
     add(g, "--ensemble-by", "mean", "how they judge together", choices=("mean", "min"))

@@ -25,7 +25,7 @@ from flags import episodes_of_each_game, parse_flags
 from games import task_folder
 from inverse_prm import told_apart, train_inverse_prm
 from model import Config
-from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, sigmoid, states_of, train_prm
+from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, states_of, train_prm
 from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
 from rollout import rollout
