@@ -12,7 +12,7 @@ from math import floor, log10
 AGENT_PRM = (0.649, 0.739, 0.858, 0.881)  # π_0 … π_3 of arXiv 2502.10325: 3B parameters, valid_unseen, cap 30, temperature 0.3
 KINDS = {"pick_and_place_simple": "put", "look_at_obj_in_light": "look", "pick_clean_then_place_in_recep": "clean", "pick_heat_then_place_in_recep": "heat",
          "pick_cool_then_place_in_recep": "cool", "pick_two_obj_and_place": "two"}  # task type -> what a report calls it
-STAGES = {"sft": "SFT", "rollouts": "rollouts", "forks": "forks", "prm": "PRM", "dpo": "DPO", "eval": "evaluation"}
+STAGES = {"sft": "SFT", "rollouts": "rollouts", "forks": "forks", "checks": "checks", "prm": "PRM", "dpo": "DPO", "eval": "evaluation"}
 TENTHS, FIFTHS = [(v / 10, f"{10 * v} %") for v in range(11)], [(v / 5, f"{v / 5:.1f}") for v in range(6)]
 COLOURS = ("#8892a0", "#2f7fd1", "#d9730d", "#1a936f", "#b5459b", "#7a5cc9", "#c43d3d", "#7c6a2e")  # as c0 … c7 of report.html, in a light scheme
 

@@ -7,7 +7,7 @@ from common import Parser, UserError, read_json
 from env import TASK_TYPES
 from games import GAMES
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, checks=50, check_batch=8, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
              dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1, out="runs/smoke")
 MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
 
@@ -25,7 +25,7 @@ def parse_flags(argv=None, doc=None):
     def add(group, flag, default, help, **kw):
         if type(default) in (int, float) and "type" not in kw:
             kw["type"] = type(default)
-        if kw.get("type", type(default)) is int and flag not in ("--iters", "--seed", "--glances", "--forks"):
+        if kw.get("type", type(default)) is int and flag not in ("--iters", "--seed", "--glances", "--forks", "--checks"):
             small.append(flag[2:].replace("-", "_"))
         group.add_argument(flag, default=default, help=help, **kw)
 
@@ -73,6 +73,8 @@ def parse_flags(argv=None, doc=None):
     add(g, "--gamma", 0.95, "discount")
     add(g, "--forks", 0, "rollouts forked behind every action of every rollout, whose returns make its label (the second paper's baseline); 0: none", metavar="K")
     g = parser.add_argument_group("stage 2: PRM")
+    add(g, "--checks", 1000, "updates before the lessons on the demonstrations' actions, each against a wrong one, for the PRM to learn to check; 0: none", metavar="N")
+    add(g, "--check-batch", 16, "demonstrations an update")
     add(g, "--prm-lr", 2e-3, "learning rate")
     add(g, "--prm-epochs", None, f"passes over the labels (default: 1, as in the paper; 2 of fewer than {MANY:,} rollouts)", type=float, metavar="N")
     add(g, "--prm-batch", 16, "trajectories an update")
@@ -124,7 +126,7 @@ def parse_flags(argv=None, doc=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for name, low, high in (("gamma", 0.01, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
-                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("forks", 0, 1e6), ("iters", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
+                            ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("checks", 0, 1e9), ("forks", 0, 1e6), ("iters", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1e9), ("imitate", 0, 1e9),
                             ("delta", 0, 1), ("curiosity", 0, 1), ("reset_frac", 0, 1), ("steer", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):
         if not low <= getattr(args, name) <= high:

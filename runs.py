@@ -157,6 +157,7 @@ def estimate(args, run, games):
     stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * 2400) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "forks": args.iters * args.rollouts * args.forks * 10 * per_rollout,  # behind each of 13 actions, and three quarters as long
+              "checks": args.iters * args.checks * args.check_batch * 200 * train,
               "PRM": args.iters * args.rollouts * 250 * args.prm_epochs * train,
               "DPO": args.iters * args.pairs / args.states_per_trajectory * 400 * train,
               "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ranks
+from checks import train_checks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
 from credit import TOGETHER, better_than_expected, imitated, judged_by, like_the_expert, opinions, progress
 from dpo import online_dpo
@@ -50,6 +51,8 @@ def main():
         trajectories = roll_out(args, run, games, i)
         if args.forks:
             fork(args, run, games, i, trajectories)
+        if args.checks:
+            check(args, run, games, i)
         for name in prm_names(args):
             process_reward_model(args, run, games, i, trajectories, name)
         improve(args, run, games, i, trajectories)
@@ -166,8 +169,21 @@ def rollouts_in(folder, name="rollouts"):
     return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
 
 
+def check(args, run, games, i):
+    """Stage 2a: π_{i−1}'s weights learn to check names, from its demonstrations; every PRM of the iteration starts from them."""
+    with run.stage(f"iter{i}/checks") as stage:
+        if stage.done:
+            return
+        policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
+        prm = policy.with_score_head()
+        log = train_checks(prm, tokenizer, demonstrations(args, games, tokenizer), games.counts, updates=args.checks, lr=args.prm_lr, batch=args.check_batch,
+                           seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
+        save_model(run.path / f"iter{i}/checks", prm, tokenizer)
+        stage.finish({"log": log})
+
+
 def process_reward_model(args, run, games, i, trajectories, name):
-    """Stage 1b and 2: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}."""
+    """Stage 1b and 2: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}, or from what it has become by checks."""
     with run.stage(f"iter{i}/{name}") as stage:
         if stage.done:
             return
@@ -179,7 +195,8 @@ def process_reward_model(args, run, games, i, trajectories, name):
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
         table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
         pairs, preferences = preference_pairs(fit, table, args.delta)
-        prm = policy.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
+        start = read_model(run.path / f"iter{i}/checks", run.device, "score")[0] if args.checks else policy
+        prm = start.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
             rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit

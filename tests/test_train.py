@@ -81,7 +81,7 @@ def test_without_iterations_a_run_is_the_first_policy_and_its_evaluation(run, tm
 def test_every_stage_leaves_its_record(run):
     folder, _, _ = run
     stages = {line["stage"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-    expected = {"iter0/sft"} | {f"iter{i}/{stage}" for i in (1, 2) for stage in ("rollouts", "prm", "dpo")} | {
+    expected = {"iter0/sft"} | {f"iter{i}/{stage}" for i in (1, 2) for stage in ("rollouts", "checks", "prm", "dpo")} | {
         f"iter{i}/eval-{split}" for i in range(3) for split in ("dev", "valid_seen")}
     spent = read(folder / "state.json")
     assert stages.keys() == expected == spent["seconds"].keys() == spent["core_seconds"].keys() == spent["peak_mb"].keys()
@@ -198,10 +198,15 @@ def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
     assert policy == folder / "iter1/policy" and [len(episodes) for _, episodes in shards] == [12, 12]
 
 
-def test_the_prm_starts_from_the_policy_that_played_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
+def test_checks_start_from_the_policy_that_played(run, tmp_path, monkeypatch):
+    prm, _, demos, *_, options = capture(monkeypatch, copy_of(run, tmp_path), "iter2/checks", "train_checks")
+    assert same(prm.model, read_model(run[0] / "iter1/policy")[0].model) and len(demos) == 64 and options["updates"] == 2
+
+
+def test_the_prm_starts_from_the_checks_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
     prm, _, fit, objective, *_ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
-    assert same(prm.model, read_model(folder / "iter1/policy")[0].model)
+    assert same(prm.model, read_model(folder / "iter2/checks", head="score")[0].model) and not prm.score.weight.any()
     everything = [t for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
     of = lambda trajectories: {t.game.split("/")[0] for t in trajectories}
     held = of(everything) - of(fit)
@@ -378,6 +383,8 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--threads", "-3"), ("--threads",)),
     (("--smok",), ("--smok",)),
     (("--demos", "0"), ("--demos 0", "at least 1")),
+    (("--checks", "-1"), ("--checks -1",)),
+    (("--check-batch", "0"), ("--check-batch 0", "at least 1")),
     (("--heads", "3"), ("heads 3",)),
     (("--context", "60"), ("--context",)),
     (("--n-generated", "3"), ("--n-generated",)),

@@ -22,7 +22,7 @@ from sft import train_sft, train_tokenizer
 from tokenizer import END
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--rollouts", "24", "--min-games", "6", "--shard", "12",
+TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--checks", "2", "--check-batch", "8", "--rollouts", "24", "--min-games", "6", "--shard", "12",
         "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]  # train.py at its smallest
 
 torch.set_num_threads(1)  # on matrices this small a second thread only costs
