@@ -101,6 +101,8 @@ def main():
     run = Path(args.run)
     if min(args.states, args.rollouts, args.least) < 1 or args.seed < 0 or args.policy < 0:
         raise UserError("--states, --rollouts and --least are at least 1, --policy and --seed at least 0")
+    if 2 * args.least > args.rollouts:
+        raise UserError(f"--rollouts {args.rollouts}: two actions with --least {args.least} need {2 * args.least}")
     if not (run / "data.json").exists():
         raise UserError(f"{run}: no run of train.py there (data.json is missing)")
     set_up_torch(args.threads)
@@ -116,13 +118,13 @@ def main():
         known = {**settings, "found": play_truth(policy, tokenizer, games, states=args.states, rollouts=args.rollouts, gamma=flags["gamma"],
                                                  max_steps=flags["max_steps"], seed=args.seed)}
         write_json(file, known)
-    scores = {f"log π_{args.policy}": lambda tree: tree.logprobs(policy, 1.0),
+    scores = {f"log π_{args.policy}(a | s)": lambda tree: tree.logprobs(policy, 1.0),
               **{name: lambda tree, prm=prm: tree.scores(prm) if prm.config.head == "relative" else tree.scores(prm).sigmoid() for name, prm in prms.items()}}
     percent, number = lambda x: "–" if x is None else f"{x:.0%}", lambda x: f"{'–':>6}" if x is None else f"{x:6.2f}"
     for n, (name, score) in enumerate(scores.items()):
         states = judged(score, known["found"], device, args.least)
         if not states:
-            raise UserError(f"no state where two actions have {args.least} rollouts: more --rollouts")
+            raise UserError(f"no state where two actions have {args.least} rollouts: more --states or --rollouts")
         r = against_truth(states)
         if not n:
             heads = [f"{r['far'][0]} far", *(f"gap of {gap}" for gap in GAPS)]

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
-from tiny import games, taught, tokenizer
-from truth import against_truth, play_truth
+import truth
+from common import read_json, save_model, write_json
+from tiny import assert_refused, games, in_process, taught, tokenizer
+from truth import against_truth, judged, main, play_truth
 
 
 def test_the_truth_is_the_mean_return_of_what_began_with_the_action(monkeypatch):
     todo = []
-    import truth
     rollout = truth.rollout
     monkeypatch.setattr(truth, "rollout", lambda policy, tok, episodes, **options: (todo.append(list(episodes)), rollout(policy, tok, episodes, **options))[1])
     found = play_truth(taught(), tokenizer(), games()[:4], states=6, rollouts=5, gamma=0.9, max_steps=10, seed=0)
@@ -49,3 +51,45 @@ def test_pairs_and_their_gain_written_out():
     found = against_truth(states)
     assert found["actions"] == 3 and found["far"] == (2, 0.0, pytest.approx(-0.2))  # one wrong, one undecided
     assert found["gaps"][0.2] == (1, 0.0, pytest.approx(-0.4))  # the other is truly no gap
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory of π_0, and two PRMs of iteration 1."""
+    run = tmp_path / "run"
+    write_json(run / "config.json", {"flags": {"max_steps": 8, "gamma": 0.95, "n_generated": 40, "dev_games": 6, "data": None}})
+    write_json(run / "data.json", {"train": "40 generated games of train, seed 0, alfworld 0.4.2"})
+    save_model(run / "iter0/policy", taught(), tokenizer())
+    for k, head in enumerate(("score", "relative")):
+        prm = taught().with_score_head(head)
+        torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(k))
+        save_model(run / f"iter1/prm{k + 1 if k else ''}", prm.eval(), tokenizer())
+    return run
+
+
+FLAGS = ("--states", 8, "--rollouts", 12, "--least", 1, "--threads", 1)
+
+
+def test_a_row_for_the_policy_and_for_every_prm_from_rollouts_that_stay(run, monkeypatch, capsys):
+    done = in_process(main, ("--run", run, *FLAGS), monkeypatch, capsys)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == ["s)", str(run / "iter1/prm"), str(run / "iter1/prm2")] and "log π_0(a | s)" in lines[2]
+    monkeypatch.setattr(truth, "play_truth", None)
+    again = in_process(main, ("--run", run, *FLAGS, "--prm", run / "iter1/prm2"), monkeypatch, capsys).stdout.splitlines()
+    assert again == [*lines[:3], lines[4]]
+    found = read_json(run / "truth-0.json")["found"]
+    states = judged(lambda tree: tree.logprobs(taught(), 1.0), found, "cpu", 1)
+    assert f"{sum(len(q) for _, q, _ in states)} actions of {len(states)} states" == lines[0]
+    assert all(abs(share.sum() - 1) < 1e-9 and len(said) == len(true) == len(share) > 1 for said, true, share in states)
+
+
+@pytest.mark.parametrize("flags, parts", (
+    (("--run", "nowhere"), ("nowhere", "data.json")),
+    (("--states", 0), ("--states",)),
+    (("--policy", 3), ("iter3/policy",)),
+    (("--prm", "{run}/iter0/policy"), ("iter0/policy", "PRM")),
+    ((*FLAGS, "--least", 7), ("--rollouts 12", "14")),
+))
+def test_mistakes_are_told_in_one_line(run, flags, parts, monkeypatch, capsys):
+    assert_refused(in_process(main, ("--run", run, *(str(flag).format(run=run) for flag in flags)), monkeypatch, capsys), *parts)
