@@ -64,7 +64,7 @@ def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, 
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
     Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
-    together. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
+    together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
     learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. ValueError where a side has no transitions.
     """
     device = prm.cos.device
@@ -72,14 +72,15 @@ def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, 
     pools = [[one for one in pool if len(transitions(*one[:2], hide_ends)[0])] for pool in pools]
     if batch < 2 or not all(pools):
         raise ValueError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
+    # what half a batch weighs on average: by its own weight, a transition would weigh more among short episodes, which the expert's are
+    total = {expert: batch // 2 * np.mean([len(transitions(*one[:2], hide_ends)[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
+    total_answers = batch // 2 * sum(np.mean([len(answers_of(t.spans)) for t, _, _ in pool]) for pool in pools)
 
     def loss_of(step):
         rng = generator(seed, "inverse", step)
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
         told = [tokenizer.renumber(t.ids, counts[t.game], rng) for t, _, _ in picked]
         moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
-        total_answers = sum(len(answers_of(t.spans)) for t, _, _ in picked)
-        total = [sum(len(actions) for (actions, _), (_, _, is_expert) in zip(moves, picked) if is_expert == side) for side in (False, True)]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         if not told:
             return None, {}

@@ -263,8 +263,6 @@ def reference_value(args, run):
         if stage.done:
             return
         prm, tokenizer = read_model(Path(args.shape_with) / "prm", run.device, "score")
-        if prm.config.head == "relative":
-            raise UserError(f"--shape-with {args.shape_with}: its PRM compares actions of one state only, and knows no state's value")
         if tokenizer.tokens != Tokenizer.load(run.path / "iter0/policy").tokens:
             raise UserError(f"--shape-with {args.shape_with}: another vocabulary than this run's; start from the same π_0 (--init)")
         save_model(run.path / "iter0/value", prm, tokenizer)

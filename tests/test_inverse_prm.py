@@ -106,12 +106,13 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
         assert got[0].item() == pytest.approx(a, abs=1e-4) and bool(got[2]) == last and bool(got[3]) == side
         assert last or got[1].item() == pytest.approx(then, abs=1e-4)
     losses = inverse_loss(f, f_next, ended, expert, 0.9)[0]
-    assert float(loss.detach()) == pytest.approx(float((losses[expert].mean() + losses[~expert].mean()).detach()) / 2, rel=1e-5)
+    weight = [np.mean([n for n in (len(transitions(*one)[0]) for one in side) if n]) for side in (demonstrations, [(t,) for t in rollouts])]  # of a trajectory, on average
+    assert float(loss.detach()) == pytest.approx(sum(float(losses[side].sum().detach()) / 3 / w for side, w in zip((expert, ~expert), weight)) / 2, rel=1e-5)
 
 
 def test_it_learns_to_tell_the_expert_from_the_learner(tmp_path, sides):
     prm, log = fit(*sides, updates=120, state=tmp_path / "state")
-    assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.05)
+    assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.15)  # f is zero at first, and batches differ in weight
     end = {k: np.mean([entry[k] for entry in log[-5:]]) for k in log[0]}
     assert end["accuracy"] > 0.6 and end["reward/expert"] > 0 > end["reward/learner"]
 

@@ -311,7 +311,7 @@ def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
     shutil.rmtree(folder / "iter1/rollouts")
     shutil.copytree(folder / "iter2/rollouts", folder / "iter1/rollouts")  # so that what is held out of the one is there in the other
     prm, policy, _, demonstrations, rollouts, *_ = capture(monkeypatch, folder, "iter2/prm", "train_inverse_prm")
-    assert same(policy, read_model(folder / "iter1/policy")[0]) and same(prm.model, policy.model)
+    assert same(policy, read_model(folder / "iter1/policy")[0]) and same(prm.model, read_model(folder / "iter2/checks", head="score")[0].model)
     seen = Counter((t.game, t.episode) for t in rollouts)
     assert 0 < len(seen) < 24 and set(seen.values()) == {2}  # of all learners so far, without the folders held out
     held = {t.game.split("/")[0] for t in rollouts_in(folder / "iter2")} - {game.split("/")[0] for game, _ in seen}
@@ -414,6 +414,12 @@ def test_mistakes_are_told_in_one_line_before_any_work(flags, parts, tmp_path, m
     words = [*TINY, "--out", str(tmp_path / "run"), *flags]
     assert_refused(in_process(train_main, words, monkeypatch, capsys), *parts)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_values_are_not_taken_from_a_prm_that_has_none(run, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "iter1/prm", read_model(run[0] / "iter0/policy")[0].with_score_head("relative"), read_model(run[0] / "iter0/policy")[1])
+    assert_refused(in_process(train_main, [*TINY, "--out", tmp_path / "run", "--shape-with", tmp_path / "iter1"], monkeypatch, capsys), "--shape-with", "one state")
+    assert not (tmp_path / "run").exists()
 
 
 def test_defaults_that_follow_the_number_of_rollouts():
