@@ -41,10 +41,10 @@ def wrong(action, text, tokenizer, rng):
     return other
 
 
-def train_checks(prm, tokenizer, demonstrations, counts, *, updates, lr, batch, seed, state, name="checks"):
+def train_checks(prm, tokenizer, demonstrations, tell, *, updates, lr, batch, seed, state, name="checks"):
     """Teach f of `prm` to be higher behind an action of `demonstrations` [(Trajectory, taught (T,))] than behind a wrong one. -> log
 
-    Each update takes `batch` of them, with any numbers, and all their actions but mistakes.
+    Each update takes `batch` of them, by `tell` (`sft.teller`) with any numbers, and all their actions but mistakes.
     """
     device = prm.cos.device
 
@@ -53,7 +53,7 @@ def train_checks(prm, tokenizer, demonstrations, counts, *, updates, lr, batch, 
         trunks, branches, better = [], [], []
         for b, i in enumerate(rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch)):
             t, taught = demonstrations[i]
-            ids = tokenizer.renumber(t.ids.astype(np.int64), counts[t.game], rng, any_number=True)
+            ids = tell(t.ids.astype(np.int64), t.game, rng, any_number=True)
             trunks.append(ids)
             for start, end in t.spans[taught]:
                 other = wrong(ids[start:end], ids[:start], tokenizer, rng)

@@ -35,14 +35,14 @@ def imitation_loss(policy, h, ids, weights, total=None):
     return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
-def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, watch=None, renumber=True, name="DPO"):
+def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs, beta, lr, temperature, seed, state, proposals=2,
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, watch=None, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
-    (credit.py); it comes out of the same pass. `watch`: as in `optimise`.
+    (credit.py); it comes out of the same pass. `tell`: as of `sft.teller`. `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
@@ -71,7 +71,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, counts, *, pai
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
         picked = [trajectories[i] for i in plan[step]]
-        ids = [tokenizer.renumber(t.ids, counts[t.game], rng) if renumber else t.ids.astype(np.int64) for t in picked]
+        ids = [tell(t.ids.astype(np.int64), t.game, rng) for t in picked]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
         worth = [worth_of[i] if imitate else np.zeros(1, np.float32) for i in plan[step]]
         total_states, total_weight = length * len(picked), weight * len(picked)  # of an average batch; this rank has a part of it

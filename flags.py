@@ -61,6 +61,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--glances", 300, "updates before them on single turns of the demonstrations, for the policy to learn to look")
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught")
     add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P")
+    add(g, "--exchange", 0.3, "share of the demonstrations, and of the rollouts in training, told of another thing than the task asked for", metavar="P")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss")
     add(g, "--sft-lr", 2.5e-3, "learning rate")
     add(g, "--sft-batch", 16, "demonstrations an update")
@@ -125,7 +126,7 @@ def parse_flags(argv=None, doc=None):
     for name in small:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name, low, high in (("gamma", 0.01, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
+    for name, low, high in (("gamma", 0.01, 1), ("mistakes", 0, 0.9), ("demo_noise", 0, 1), ("exchange", 0, 1), ("held_out", 0, 0.9), ("beta", 1e-9, 1e9), ("rollout_temperature", 0, 100),
                             ("eval_temperature", 0, 100), ("dpo_temperature", 1e-3, 100), ("seed", 0, 2 ** 31), ("glances", 0, 1e9), ("checks", 0, 1e9), ("forks", 0, 1e6), ("iters", 0, 1e6), ("prm_epochs", 1e-9, 1e9),
                             *((lr, 1e-12, 10) for lr in ("sft_lr", "prm_lr", "dpo_lr")), ("obs_weight", 0, 10), ("prm_obs_weight", 0, 10), ("min_gap", 0, 1e9), ("imitate", 0, 1e9),
                             ("delta", 0, 1), ("curiosity", 0, 1), ("reset_frac", 0, 1), ("steer", 0, 1), ("gae_lambda", 0, 1), ("progress_weight", 0, 1e9)):

@@ -59,7 +59,7 @@ def told_apart(f_expert, f_learner, gamma, hide_ends=False):
     return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] > 0).mean() + (r[1] <= 0).mean()) / 2)}
 
 
-def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
+def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
                       hide_ends=False, name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
@@ -79,7 +79,7 @@ def train_inverse_prm(prm, policy, tokenizer, demonstrations, rollouts, counts, 
     def loss_of(step):
         rng = generator(seed, "inverse", step)
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
-        told = [tokenizer.renumber(t.ids, counts[t.game], rng) for t, _, _ in picked]
+        told = [tell(t.ids, t.game, rng) for t, _, _ in picked]
         moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         if not told:

@@ -142,11 +142,10 @@ def promise_and_progress(trajectories, targets, beta):
     return Objective(loss, actions_of(trajectories), [len(t) for t in trajectories])
 
 
-def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, batch, seed, state, value=None, obs_weight=0.0, renumber=True, name="PRM"):
+def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, state, value=None, obs_weight=0.0, name="PRM"):
     """Fit f to an Objective over the trajectories, to another one for the states' values, and `obs_weight` times the world's answers. -> log.
 
-    counts: {game id: {base name: n}}; with `renumber` every pass tells each
-    trajectory with other instance numbers, under which Q does not change.
+    tell(ids, game id, rng) -> ids: how a trajectory is told this time (`sft.teller`), with other instance numbers, under which Q does not change.
     """
     steps = max(1, round(epochs * -(-len(trajectories) // batch)))
     plan = [i for _, i in zip(range(steps), batches(len(trajectories), batch, generator(seed, "prm")))]
@@ -158,8 +157,7 @@ def train_prm(prm, tokenizer, trajectories, objective, counts, *, epochs, lr, ba
     def told(i, rng):
         """Ids of a trajectory, those of its branches behind them, with other numbers. -> ids (L,), branches [ids]"""
         ids, branches = trajectories[i].ids, [ids for _, ids in objective.branches[i]] if objective.branches else []
-        everything = np.concatenate([ids, *branches])
-        everything = tokenizer.renumber(everything, counts[trajectories[i].game], rng) if renumber else everything
+        everything = tell(np.concatenate([ids, *branches]), trajectories[i].game, rng)
         ids, *branches = np.split(everything, np.cumsum([len(ids), *map(len, branches)])[:-1])
         return ids, branches
 

@@ -120,7 +120,7 @@ class Run:
 
 
 def load_games(args, run):
-    """-> .train, .dev (held out of train by task folder), .test {split: games}, .by_id {id: train or dev game}, .counts {id: {base name: n}}."""
+    """-> .train, .dev (held out of train by task folder), .test {split: games}, .by_id {id: train or dev game}."""
     everything, source = games_for(args.games, args.data, "train", args.n_generated)
     train, dev = ([game for game in part if game.task_type != args.without] for part in split_dev(everything, args.dev_games))
     if not dev:
@@ -133,7 +133,7 @@ def load_games(args, run):
         except DataError:
             print(f"no games of {split}: not evaluated", file=sys.stderr)
     run.note_data(sources)
-    return SimpleNamespace(train=train, dev=dev, test=test, by_id={game.id: game for game in (*train, *dev)}, counts={game.id: game.counts for game in train})
+    return SimpleNamespace(train=train, dev=dev, test=test, by_id={game.id: game for game in (*train, *dev)})
 
 
 def estimate(args, run, games):

@@ -140,19 +140,44 @@ def against_policy(trajectory, tokenizer, policy, proposals, seed):
     return [(k, np.array(action)) for k, (some, own) in enumerate(zip(drawn, tokenizer.actions(trajectory.ids))) for action, _ in distinct(some, tokenizer) if text(action) != own]
 
 
-def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0):
+def teller(games, tokenizer, exchange):
+    """-> tell(ids, game id, rng, any_number): another telling of an episode of one of the games, with other numbers (`Tokenizer.renumber`).
+
+    exchange: the share of them told of another thing than the task asks for, one that some game's task does: the two names are exchanged.
+    Without, what few demonstrations ask for is seldom brought, and what none does never (LOG.md). Numbers do not change what is right;
+    an exchange does a little, for then things are not where they use to be.
+    """
+    by_id = {game.id: game for game in games}
+    wanted = {game.id: parse_task(game.task).object for game in games}
+    things = sorted(set(wanted.values()))
+
+    def tell(ids, game, rng, any_number=False):
+        counts = by_id[game].counts
+        if rng.random() < exchange:
+            mine, known, there = wanted[game], tokenizer.instances, np.zeros(len(tokenizer), bool)
+            there[ids] = True
+            highest = lambda name: max(np.flatnonzero(there[known(name)]), default=-1) + 1  # number of it that is told of
+            fit = [name for name in things if highest(mine) <= len(known(name)) and highest(name) <= len(known(mine))]
+            other = fit[rng.integers(len(fit))]
+            ids, counts = tokenizer.swap_names(ids, mine, other), {**counts, other: counts.get(mine, 0), mine: counts.get(other, 0)}
+        return tokenizer.renumber(ids, counts, rng, any_number)
+
+    return tell
+
+
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, steer=0.0, noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
-    steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
+    exchange: as in `teller`. steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
     """
-    env, out = AlfworldEnv(max_steps), []
+    env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, exchange)
     for number in numbers:
         time, place = divmod(number, demos)
         rng = generator(seed, "steer", number)
         demo = int(generator(seed, "telling", time).permutation(demos)[place])
         game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None, noise)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
-        out.append((tokenizer.renumber(ids, game.counts, generator(seed, "numbers", number)), weights))
+        out.append((tell(ids, game.id, generator(seed, "numbers", number)), weights))
     return out
 
 
@@ -165,20 +190,17 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
     What is usual is no help here: the wanted thing's name is exchanged for that of another, and numbers are any. Of looking
     elsewhere only the verb is taught, for the way there depends on what a glance leaves out. -> [(ids, weights)]
     """
-    env, out = AlfworldEnv(max_steps), []
-    wanted = sorted({parse_task(game.task).object for game in games})
+    env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, 1.0)
     for number in numbers:
         rng = generator(seed, "glance", number)
         game, demo = demonstration(env, games, prior, int(rng.integers(demos)), seed, mistakes, noise=noise)
         task, _ = split_intro(demo.observation)
         mine = parse_task(task).object
-        like = [name for name in wanted if len(tokenizer.instances(name)) == len(tokenizer.instances(mine))]  # the same numbers
-        other = like[rng.integers(len(like))]
         for before, step in zip(demo.steps, demo.steps[1:]):
             taking = step.action.startswith("take ")
             if step.trained and "you see" in before.observation and (noise or taking == (f"a {mine} " in before.observation)):  # noise is taught as it is
                 prompt, action = tokenizer.prompt(task, before.observation), tokenizer.action(step.action)
-                ids = tokenizer.swap_names(tokenizer.renumber(np.array(prompt + action), game.counts, rng, any_number=True), mine, other)
+                ids = tell(np.array(prompt + action), game.id, rng, any_number=True)
                 taught = len(action) if taking else 1
                 out.append((ids, np.repeat(np.float32([0, 1, 0]), [len(prompt), taught, len(action) - taught])))
             if step.trained and taking:
@@ -198,7 +220,7 @@ def untrained(config, seed):
     return Transformer(config)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, steer=0.0, noise=0.0, name="SFT"):
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, exchange=0.0, steer=0.0, noise=0.0, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
@@ -209,7 +231,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         if step < glanced:
             return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
         first = (step - glanced) * batch
-        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, steer=steer, **options)
+        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, steer=steer, **options)
         return [(ids[:longest], weights[:longest]) for ids, weights in episodes]
 
     def loss_of(step):
@@ -247,6 +269,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2.5e-3, help="learning rate")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
     parser.add_argument("--mistakes", type=float, default=0.15, help="chance of a mistake at a step, shown but not taught")
+    parser.add_argument("--exchange", type=float, default=0.3, help="share of the demonstrations told of another thing than was wanted")
     parser.add_argument("--obs-weight", type=float, default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=int, default=0, help="names all randomness")
     args = parser.parse_args()
@@ -254,8 +277,8 @@ def main():
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0:
-        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0")
+    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0 or not 0 <= args.exchange <= 1:
+        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0, --exchange in 0 … 1")
     set_up_torch()
     train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
     test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)
@@ -267,7 +290,7 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
                                      max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")

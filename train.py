@@ -31,7 +31,7 @@ from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of
                        visit_statistics, world_keys)
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
-from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, train_sft, train_tokenizer, untrained, without_hint
+from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, teller, train_sft, train_tokenizer, untrained, without_hint
 from shards import load_trajectories, play_shards
 from tokenizer import Tokenizer, split_intro
 
@@ -41,7 +41,7 @@ def main():
     ranks.join(args.out)
     set_up_torch(args.threads)
     run = Run(args)
-    games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id, .counts
+    games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id
     estimate(args, run, games)
     supervised(args, run, games)
     evaluate(args, run, games, 0)
@@ -75,7 +75,7 @@ def supervised(args, run, games):
             policy = untrained(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context), args.seed).to(run.device)
             log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, lr=args.sft_lr,
                             batch=args.sft_batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
-                            steer=args.steer, noise=args.demo_noise, state=stage.state)
+                            exchange=args.exchange, steer=args.steer, noise=args.demo_noise, state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
 
@@ -176,7 +176,7 @@ def check(args, run, games, i):
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         prm = policy.with_score_head()
-        log = train_checks(prm, tokenizer, demonstrations(args, games, tokenizer), games.counts, updates=args.checks, lr=args.prm_lr, batch=args.check_batch,
+        log = train_checks(prm, tokenizer, demonstrations(args, games, tokenizer), teller(games.train, tokenizer, args.exchange), updates=args.checks, lr=args.prm_lr, batch=args.check_batch,
                            seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
         save_model(run.path / f"iter{i}/checks", prm, tokenizer)
         stage.finish({"log": log})
@@ -197,18 +197,19 @@ def process_reward_model(args, run, games, i, trajectories, name):
         pairs, preferences = preference_pairs(fit, table, args.delta)
         start = read_model(run.path / f"iter{i}/checks", run.device, "score")[0] if args.checks else policy
         prm = start.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
+        tell = teller(games.train, tokenizer, args.exchange)
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
             rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
             demos = demonstrations(args, games, tokenizer)
-            log = train_inverse_prm(prm, policy, tokenizer, [demo for demo in demos if task_folder(demo[0].game) not in held], rollouts, games.counts, gamma=args.gamma,
+            log = train_inverse_prm(prm, policy, [demo for demo in demos if task_folder(demo[0].game) not in held], rollouts, tell, gamma=args.gamma,
                                     updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
             labels = labels_of(fit, table)
             if args.forks:
                 labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
             value = fit_labels(state_labels(fit, table), states_of(fit)) if prm.config.head == "score" else None
-            log = train_prm(prm, tokenizer, fit, objective(args, run, fit, labels, pairs), games.counts, epochs=args.prm_epochs, value=value, **options)
+            log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), tell, epochs=args.prm_epochs, value=value, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         card = report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0])
@@ -310,7 +311,7 @@ def improve(args, run, games, i, trajectories):
                     "true/return": float(np.concatenate([returns(t, args.gamma) for t in played]).mean()),
                     "prm/q": float(together(q).mean()), "prm/disagreement": float(q.std(0).mean())}
 
-        log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, games.counts, pairs=args.pairs,
+        log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, teller(games.train, tokenizer, args.exchange), pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
                          imitate=args.imitate, weigh=weigh, watch=watch if args.track_hacking else None, name=f"DPO {i}")

@@ -7,7 +7,7 @@ import torch
 from checks import train_checks, wrong
 from prm import bt_loss
 from sft import expert_trajectories
-from tiny import counts, games, prior, random_model, tokenizer
+from tiny import tell, games, prior, random_model, tokenizer
 from tokenizer import END
 
 
@@ -56,18 +56,17 @@ def test_where_nothing_can_be_wrong_there_is_none():
 
 def fit(demonstrations, state, updates, seed=0):
     prm = random_model(head="score", dim=64, scale=0.05)
-    return prm, train_checks(prm, tokenizer(), demonstrations, counts(), updates=updates, lr=5e-3, batch=8, seed=seed, state=state)
+    return prm, train_checks(prm, tokenizer(), demonstrations, tell(), updates=updates, lr=5e-3, batch=8, seed=seed, state=state)
 
 
 def test_scores_are_those_of_the_action_and_of_the_wrong_one_each_read_by_itself(demonstrations, tmp_path, monkeypatch):
     """By what the loss was given, against one sequence after the other; mistakes are left out."""
     given, told = [], []
     monkeypatch.setattr("checks.bt_loss", lambda better, worse: given.append((better.detach(), worse.detach())) or bt_loss(better, worse))
-    renumber = tokenizer().renumber
-    monkeypatch.setattr(tokenizer(), "renumber", lambda *a, **k: told.append(renumber(*a, **k)) or told[-1])
+    heard = lambda *a, **k: told.append(tell()(*a, **k)) or told[-1]
     monkeypatch.setattr("checks.wrong", lambda action, text, *_: np.roll(action, 1))
     some = demonstrations[:8]
-    train_checks(random_model(head="score", dim=64, scale=0.05), tokenizer(), some, counts(), updates=1, lr=1e-9, batch=8, seed=0, state=tmp_path / "state")
+    train_checks(random_model(head="score", dim=64, scale=0.05), tokenizer(), some, heard, updates=1, lr=1e-9, batch=8, seed=0, state=tmp_path / "state")
     prm = random_model(head="score", dim=64, scale=0.05)
     (better, worse), = given
     expected = []

@@ -13,7 +13,7 @@ from credit import better_than_expected, imitated, like_the_expert, progress
 from dpo import dpo_loss, imitation_loss, online_dpo
 from qestimate import returns
 from sft import sft_loss
-from tiny import counts, expert_trajectories, played, random_model, some_branches, taught, tokenizer
+from tiny import tell, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
 from tree import Tree, propose
 
@@ -77,7 +77,7 @@ def test_the_loss_and_its_gradient_are_trls(monkeypatch, tmp_path):
 def fit(tmp_path, score, *, seed=0, pairs=1280, **options):
     policy, reference = copy.deepcopy(taught()), copy.deepcopy(taught())
     options = dict(beta=0.1, lr=2e-3, temperature=1.0, trunks=4, states_per_trunk=8) | options
-    log = online_dpo(policy, reference, score, tokenizer(), expert_trajectories(), counts(), pairs=pairs, seed=seed, state=tmp_path / f"{seed}", **options)
+    log = online_dpo(policy, reference, score, tokenizer(), expert_trajectories(), tell(), pairs=pairs, seed=seed, state=tmp_path / f"{seed}", **options)
     assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), taught().parameters()))  # frozen
     return policy, log
 

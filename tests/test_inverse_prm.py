@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import inverse_prm
 from inverse_prm import inverse_loss, told_apart, train_inverse_prm, transitions
 from prm import score
-from tiny import counts, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
+from tiny import as_it_is, tell, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
 
 
 def test_the_loss_is_torchs_on_the_difference_and_its_gradient_flows_through_both_scores():
@@ -50,7 +50,7 @@ def test_the_report_is_the_reward_of_every_transition_on_either_side(hide):
 def fit(demonstrations, rollouts, updates=3, **options):
     """-> the PRM and its log"""
     prm = taught().with_score_head()
-    log = train_inverse_prm(prm, taught(), tokenizer(), demonstrations, rollouts, counts(),
+    log = train_inverse_prm(prm, taught(), demonstrations, rollouts, tell(),
                             **dict(gamma=0.9, updates=updates, lr=3e-3, batch=8, temperature=1.0, seed=0) | options)
     return prm, log
 
@@ -79,12 +79,11 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
     demonstrations, rollouts = sides
     drawn = []
     monkeypatch.setattr(inverse_prm, "propose", lambda policy, told, states, *a: drawn.append((told, states)) or [[(tokenizer().action("look"), False)] for _ in states])
-    monkeypatch.setattr(type(tokenizer()), "renumber", lambda self, ids, *a, **k: np.asarray(ids, np.int64))
     prm = random_model(head="score")
     monkeypatch.setattr(inverse_prm, "optimise", lambda model, loss_of, *a: [loss_of(0)])
     seen = []
     monkeypatch.setattr(inverse_prm, "inverse_loss", lambda *a: (seen.append(a), inverse_loss(*a))[1])
-    (loss, _), = train_inverse_prm(prm, taught(), tokenizer(), demonstrations, rollouts, counts(), gamma=0.9, updates=1, lr=1, batch=6, temperature=1.0, seed=3, state=None)
+    (loss, _), = train_inverse_prm(prm, taught(), demonstrations, rollouts, as_it_is, gamma=0.9, updates=1, lr=1, batch=6, temperature=1.0, seed=3, state=None)
     (f, f_next, ended, expert, _), (told, states) = seen[0], drawn[0]
     everyone = {tuple(t.ids): t for t in (*expert_trajectories(), *rollouts)}
     picked = [everyone[tuple(ids)] for ids in told]
@@ -122,5 +121,5 @@ def test_a_side_without_transitions_is_refused(sides, tmp_path):
     cut = [replace(t, spans=t.spans[:1], ids=t.ids[:t.spans[0, 1]], truncated=True) for t in rollouts]
     for a, b, batch in (([], rollouts, 8), (demonstrations, cut, 8), (demonstrations, rollouts, 1)):
         with pytest.raises(ValueError, match="transitions"):
-            train_inverse_prm(taught().with_score_head(), taught(), tokenizer(), a, b, counts(), gamma=0.9, updates=1, lr=1e-3, batch=batch, temperature=1.0, seed=0,
+            train_inverse_prm(taught().with_score_head(), taught(), a, b, tell(), gamma=0.9, updates=1, lr=1e-3, batch=batch, temperature=1.0, seed=0,
                               state=tmp_path / "state")

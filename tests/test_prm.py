@@ -14,7 +14,7 @@ from common import pad
 from prm import (Objective, actions_of, answers_loss, batches, bce_loss, bt_loss, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
                  promise_progress_loss, report, score, scores_at, share_right, states_of, train_prm)
 from qestimate import labels_of, preference_pairs, q_table, state_labels, td_gae
-from tiny import counts, expert_trajectories, played, random_model, taught, tokenizer
+from tiny import as_it_is, tell, expert_trajectories, played, random_model, taught, tokenizer
 from tokenizer import END
 
 
@@ -154,7 +154,7 @@ def first_action_decides():
 def fit(tmp_path, seed=0, epochs=8, **options):
     trajectories, labels = toy()
     model = taught().with_score_head()
-    log = train_prm(model, tokenizer(), trajectories, fit_labels(labels, actions_of(trajectories)), counts(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
+    log = train_prm(model, trajectories, fit_labels(labels, actions_of(trajectories)), tell(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
     return model, log
 
 
@@ -177,7 +177,7 @@ def test_the_same_head_learns_the_values_of_states_from_the_tokens_before_the_ac
     table = q_table(trajectories, tokenizer(), 0.95)
     values = state_labels(trajectories, table)
     model = taught().with_score_head()
-    log = train_prm(model, tokenizer(), trajectories, fit_labels(labels_of(trajectories, table), actions_of(trajectories)), counts(), epochs=8, lr=5e-3, batch=16, seed=0,
+    log = train_prm(model, trajectories, fit_labels(labels_of(trajectories, table), actions_of(trajectories)), tell(), epochs=8, lr=5e-3, batch=16, seed=0,
                     state=tmp_path / "state", value=fit_labels(values, states_of(trajectories)))
     assert log[-1]["value/excess"] < 0.4 * log[0]["value/excess"] and log[-1]["excess"] < 0.4 * log[0]["excess"]
     q, v = ([1 / (1 + np.exp(-f[0])) for f in score(model, trajectories, places=places)] for places in (actions_of, states_of))
@@ -204,7 +204,7 @@ def test_an_action_weighs_the_same_in_a_batch_of_short_episodes_and_in_one_of_lo
 
     expected = np.concatenate(score(model, trajectories)).mean()
     objective = Objective(mean, actions_of(trajectories), [len(t) for t in trajectories])
-    train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=1, lr=1e-12, batch=batch, seed=0, state=tmp_path / "state", renumber=False)
+    train_prm(model, trajectories, objective, as_it_is, epochs=1, lr=1e-12, batch=batch, seed=0, state=tmp_path / "state")
     assert len(losses) == len(trajectories) // batch and np.mean(losses) == pytest.approx(expected, rel=1e-4)
 
 
@@ -221,7 +221,7 @@ def test_pairs_are_scored_as_separate_sequences_are(tmp_path):
     loss = objective.loss
     objective.loss = lambda *a: seen.append(loss(*a)) or (torch.zeros((), requires_grad=True), {})
     with torch.enable_grad():
-        train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=1, lr=1e-9, batch=6, seed=0, state=tmp_path / "state", renumber=False, obs_weight=0)
+        train_prm(model, trajectories, objective, as_it_is, epochs=1, lr=1e-9, batch=6, seed=0, state=tmp_path / "state", obs_weight=0)
     torch.testing.assert_close(seen[0][0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -254,7 +254,7 @@ def test_other_objectives_learn_too(tmp_path, kind):
     else:
         objective = promise_and_progress(trajectories, lambda i, M: td_gae(M, 0.0, trajectories[i].reward, 0.95, 0.95), 1.0)
     model = taught().with_score_head()
-    log = train_prm(model, tokenizer(), trajectories, objective, counts(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
+    log = train_prm(model, trajectories, objective, tell(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
     if kind == "bt":
         assert share_right(pair_gaps(model, trajectories, pairs)) > 0.8
     f = score(model, trajectories)
@@ -282,12 +282,12 @@ def test_every_pass_tells_other_numbers(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(prm_module, "pad", lambda ids: seen.append([tuple(i) for i in ids]) or pad(ids))
     trajectories, labels = toy()
-    for renumber in (True, False):
+    for name, telling, times in (("anew", tell(), 6), ("as it is", as_it_is, 1)):
         seen.clear()
-        train_prm(taught().with_score_head(), tokenizer(), trajectories[:4], fit_labels(labels[:4], actions_of(trajectories[:4])), counts(), epochs=6, lr=1e-3, batch=4, seed=0,
-                  state=tmp_path / f"{renumber}", renumber=renumber)
+        train_prm(taught().with_score_head(), trajectories[:4], fit_labels(labels[:4], actions_of(trajectories[:4])), telling, epochs=6, lr=1e-3, batch=4, seed=0,
+                  state=tmp_path / name)
         told = Counter(ids for batch in seen for ids in batch)
-        assert len(seen) == 6 and (len(told) == 24 if renumber else len(told) == 4)
+        assert len(seen) == 6 and len(told) == 4 * times
 
 
 # --- the report card -----------------------------------------------------------------------------------------------------------------

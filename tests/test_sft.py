@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from common import key
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import (against_chance, against_policy, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, tellings, train_sft, train_tokenizer,
+from sft import (against_chance, against_policy, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, teller, tellings, train_sft, train_tokenizer,
                  without_hint)
 from sft import main as sft_main
-from tiny import assert_refused, games, in_process, play, prior, random_model, taught, tokenizer
+from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
 from tree import propose
 
@@ -70,6 +70,25 @@ def test_every_game_is_shown_once_before_any_twice():
     both = [shown(ids) for ids, _ in demos_of(range(2 * n), demos=2 * n)]
     assert sorted(both) == sorted(2 * of_game)
     assert sorted(shown(ids) for ids, _ in demos_of(range(n), demos=n)) == of_game
+
+
+def test_an_episode_is_told_anew_with_other_numbers_or_of_another_thing():
+    """Told back by the same exchanges, it is the same again; what is asked for is then what is brought."""
+    tok, all_told, asked = tokenizer(), teller(games(), tokenizer(), 1.0), set()
+    things = {parse_task(game.task).object for game in games()}
+    for number, (t, _) in enumerate(demonstrations()[:120]):
+        game = next(game for game in games() if game.id == t.game)
+        told = all_told(t.ids, t.game, np.random.default_rng(number))
+        assert len(told) == len(t.ids) and (told[t.ids < 6] == t.ids[t.ids < 6]).all()
+        table = {}
+        assert all(table.setdefault(int(a), int(b)) == b for a, b in zip(t.ids, told)) and len(set(table.values())) == len(table)  # one to one
+        mine, other = (parse_task(tok.decode(ids[:int(np.argmax(ids == OBS))])).object for ids in (t.ids, told))
+        bases = {(tok.base_of[a], tok.base_of[b]) for a, b in table.items() if a in tok.base_of}
+        assert all(b == {mine: other, other: mine}.get(a, a) for a, b in bases) and other in things
+        asked.add((mine, other))
+    assert sum(mine != other for mine, other in asked) > len(asked) / 2 and len({other for _, other in asked}) > len(things) / 2
+    tables = {tuple(teller(games(), tok, 0.0)(np.arange(len(tok)), game.id, np.random.default_rng(seed))) for seed in range(3)}
+    assert len(tables) == 3 and all(tok.base_of.get(b) == tok.base_of.get(a) for table in tables for a, b in enumerate(table))  # numbers alone
 
 
 def test_demonstrations_are_told_again_in_another_order_with_other_numbers():

@@ -205,7 +205,7 @@ def test_checks_start_from_the_policy_that_played(run, tmp_path, monkeypatch):
 
 def test_the_prm_starts_from_the_checks_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path)
-    prm, _, fit, objective, *_ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
+    prm, fit, objective, *_ = capture(monkeypatch, folder, "iter2/prm", "train_prm")
     assert same(prm.model, read_model(folder / "iter2/checks", head="score")[0].model) and not prm.score.weight.any()
     everything = [t for file in sorted((folder / "iter2/rollouts").iterdir()) for t in load_trajectories(file)]
     of = lambda trajectories: {t.game.split("/")[0] for t in trajectories}
@@ -241,7 +241,7 @@ def test_labels_of_forks_are_those_of_the_rollouts_that_are_fitted(run, tmp_path
         forks = load_trajectories(file)
         save_trajectories(file, [replace(t, won=True, reward=1.0) if t.episode % 3 == 0 else t for t in forks])
     (folder / "iter1/again.json").write_text("{}")
-    _, _, fitted, objective, *_ = capture(monkeypatch, folder, "iter1/again", "train_prm")[:-1]
+    _, fitted, objective, *_ = capture(monkeypatch, folder, "iter1/again", "train_prm")[:-1]
     everything = rollouts_in(folder / "iter1")
     at = [(i, k) for i, t in enumerate(everything) for k in range(len(t) - 1) for _ in range(2)]
     forks = sorted(rollouts_in(folder / "iter1", "forks"), key=lambda t: t.episode)
@@ -310,7 +310,7 @@ def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path / "again", "--algo", "inverseprm")
     shutil.rmtree(folder / "iter1/rollouts")
     shutil.copytree(folder / "iter2/rollouts", folder / "iter1/rollouts")  # so that what is held out of the one is there in the other
-    prm, policy, _, demonstrations, rollouts, *_ = capture(monkeypatch, folder, "iter2/prm", "train_inverse_prm")
+    prm, policy, demonstrations, rollouts, *_ = capture(monkeypatch, folder, "iter2/prm", "train_inverse_prm")
     assert same(policy, read_model(folder / "iter1/policy")[0]) and same(prm.model, read_model(folder / "iter2/checks", head="score")[0].model)
     seen = Counter((t.game, t.episode) for t in rollouts)
     assert 0 < len(seen) < 24 and set(seen.values()) == {2}  # of all learners so far, without the folders held out
