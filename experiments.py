@@ -36,6 +36,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
     "without-checks": "--checks 0",
+    "without-exchange": "--exchange 0",
     "last-states": "--iters 3 --states-of last",
     "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has
     "longest-sft": "--iters 0 --sft-updates 3843",  # as three iterations have
