@@ -13,7 +13,7 @@ from common import save_model
 from tiny import ROOT, command, taught, tokenizer
 
 TINY = ["--smoke", "--iters", "1", "--n-generated", "40", "--dev-games", "6", "--rollouts", "48", "--min-games", "12", "--shard", "12", "--pairs", "64",
-        "--states-per-trajectory", "4", "--dpo-batch", "5", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]
+        "--states-per-trajectory", "4", "--dpo-batch", "5", "--max-steps", "8", "--checks", "1", "--test-splits", "valid_seen", "--threads", "1"]  # of more checks rounding would grow before the PRM begins
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 20000}", "train.py"]
 
 
@@ -48,6 +48,8 @@ def assert_equal(folder, alone):
     shards = sorted((alone / "iter1/rollouts").iterdir())
     assert len(shards) == 4
     assert all((folder / "iter1/rollouts" / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
+    (ours,), (theirs,) = (read(run / "iter1/checks.json")["log"] for run in (folder, alone))
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     for stage in ("prm", "dpo"):
         logs = [read(run / f"iter1/{stage}.json")["log"] for run in (folder, alone)]
         assert len(logs[0]) == len(logs[1]) > 2
