@@ -7,10 +7,9 @@ kept, and the lessons start from them.
 """
 
 import numpy as np
-import torch
 
 from common import generator, optimise
-from prm import bt_loss
+from prm import bt_loss, scores_at
 from ranks import mine, summed
 from tokenizer import ACT, END
 from tree import Tree
@@ -50,25 +49,22 @@ def train_checks(prm, tokenizer, demonstrations, tell, *, updates, lr, batch, se
 
     def loss_of(step):
         rng = generator(seed, "check", step)
-        trunks, branches, better = [], [], []
-        for b, i in enumerate(rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch)):
+        texts, pairs = [], []  # of each demonstration: ids; [(start, end of the action, ids of a wrong one)]
+        for i in rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch):
             t, taught = demonstrations[i]
             ids = tell(t.ids.astype(np.int64), t.game, rng, any_number=True)
-            trunks.append(ids)
-            for start, end in t.spans[taught]:
-                other = wrong(ids[start:end], ids[:start], tokenizer, rng)
-                if other is not None:
-                    branches.append((b, int(start), other.tolist(), False)), better.append((b, end - 1))
-        total = len(branches)
-        kept = mine(range(total))
-        if not kept:
+            others = [(start, end, wrong(ids[start:end], ids[:start], tokenizer, rng)) for start, end in t.spans[taught]]
+            texts.append(ids), pairs.append([one for one in others if one[2] is not None])
+        total = sum(map(len, pairs))
+        texts, pairs = mine(texts), mine(pairs)
+        if not any(pairs):
             return None, {}
-        branches, better = [branches[n] for n in kept], [better[n] for n in kept]
-        tree = Tree(trunks, branches, device, whole={b for b, _ in better})
+        branches = [(b, int(start), other.tolist(), False) for b, some in enumerate(pairs) for start, _, other in some]
+        tree = Tree(texts, branches, device, whole=range(len(texts)))
         h = tree.hidden(prm)  # (B, S, D)
-        row, place = torch.tensor([(tree.rows.index(b), end) for b, end in better], device=device).T
-        f_better, f_worse = prm.scores(h[row, place]), prm.scores(h[tree.row, tree.end])
+        ends = [np.array([end - 1 for _, end, _ in some], np.int64) for some in pairs]
+        f_better, f_worse = scores_at(prm, h, ends), prm.scores(h[tree.row, tree.end])
         loss = bt_loss(f_better, f_worse).sum() / total
-        return loss, {"loss": summed(loss.detach()), "accuracy": ((f_better > f_worse).sum(), len(kept))}
+        return loss, {"loss": summed(loss.detach()), "accuracy": ((f_better > f_worse).sum(), len(branches))}
 
     return optimise(prm, loss_of, updates, lr, state, name)

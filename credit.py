@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from inverse_prm import learned_rewards
-from prm import actions_of, score, sigmoid
+from prm import actions_of, score, sigmoid, states_of
 from qestimate import returns
 
 TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}  # (K, …) -> (…)
@@ -38,9 +38,9 @@ def better_than_expected(trajectory, V, gamma):
     return trajectory.won * np.maximum(0, returns(trajectory, gamma) - V)
 
 
-def progress(trajectory, q):
-    """What each action added to the PRM's promise, max(0, M_t − M_{t−1}), (T,), of any rollout, won or not (P2); the first nothing."""
-    return np.maximum(0, np.diff(q, prepend=q[:1]))
+def progress(M):
+    """What each action added to the PRM's promise M (T,), max(0, M_t − M_{t−1}), (T,) (P2); the first nothing. Of any rollout, won or not."""
+    return np.maximum(0, np.diff(M, prepend=M[:1]))
 
 
 def like_the_expert(trajectory, f, gamma, hide_ends=False):
@@ -51,6 +51,28 @@ def like_the_expert(trajectory, f, gamma, hide_ends=False):
     chance = np.zeros(len(trajectory))
     chance[actions] = sigmoid(r)
     return chance
+
+
+def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
+    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, expert, progress or all: for each trajectory (T,).
+
+    What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,
+    M_{t−1}, which plays V there (P2; M_0 for t = 0); 0 of one that compares actions of one state only.
+    """
+    together = TOGETHER[how]
+    if by == "all":
+        return [np.ones(len(t)) for t in trajectories]
+    if by == "expert":
+        return [like_the_expert(t, together(np.stack(f)), gamma, hide_ends) for t, *f in zip(trajectories, *(score(prm, trajectories) for prm in prms))]
+    if by == "progress":
+        return [progress(together(q)) for q in opinions(prms, trajectories)]
+    if prm_loss == "bt":
+        values = [np.zeros(len(t)) for t in trajectories]
+    elif prm_loss == "promise-progress":
+        values = [np.append(M[:1], M[:-1]) for M in map(together, opinions(prms, trajectories))]
+    else:
+        values = map(together, opinions(prms, trajectories, states_of))
+    return [better_than_expected(t, V, gamma) for t, V in zip(trajectories, values)]
 
 
 def imitated(trajectory, gain, obs_weight):

@@ -151,8 +151,9 @@ def parse_flags(argv=None, doc=None):
         raise UserError("--forks makes the labels of single rollouts: not with --shape-with, --curiosity or --state world")
     if args.shape_with and not Path(args.shape_with, "prm/config.json").exists():
         raise UserError(f"--shape-with {args.shape_with}: no PRM there; name an iteration of a run, such as runs/default/iter3")
-    if args.shape_with and read_json(Path(args.shape_with, "prm/config.json"))["head"] == "relative":
-        raise UserError(f"--shape-with {args.shape_with}: its PRM compares actions of one state only, and knows no state's value")
+    other = Path(args.shape_with or "", "../config.json")
+    if args.shape_with and not (other.exists() and read_json(other)["flags"]["prm_loss"] == "bce" and read_json(other)["flags"]["algo"] == "agentprm"):
+        raise UserError(f"--shape-with {args.shape_with}: only a PRM of a run with --algo agentprm and --prm-loss bce knows the states' values")
     config = Path(args.init or "", "../../config.json")
     if args.steer and args.init and not (config.exists() and read_json(config)["flags"].get("steer")):
         raise UserError(f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out")

@@ -78,14 +78,15 @@ class Tokenizer:
         """Another telling of the same episode: other instance numbers, consistently.
 
         ids (L,) array, counts the game's {base name: n}, rng a numpy generator. The n instances of a name have their numbers
-        1 … n permuted (`any_number`: get any of the numbers that this name has in the vocabulary), so that the right one is only
+        1 … n permuted (`any_number`: with all the numbers that this name has in the vocabulary), so that the right one is only
         to be had by looking what was seen. A name with instances outside the vocabulary keeps its numbers.
         """
         table = np.arange(len(self))
         for base, n in sorted(counts.items()):
             known = self.instances(base)
-            if (any_number or n > 1) and n <= len(known):
-                table[known[:n]] = rng.permutation(known if any_number else known[:n])[:n]
+            if n <= len(known):
+                permuted = known if any_number else known[:n]
+                table[permuted] = rng.permutation(permuted)
         return table[ids]
 
     def swap_names(self, ids, a, b):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import ranks
 from checks import train_checks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
-from credit import TOGETHER, better_than_expected, imitated, judged_by, like_the_expert, opinions, progress
+from credit import TOGETHER, imitated, judged_by, opinions, worth
 from dpo import online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
@@ -52,7 +52,7 @@ def main():
         if args.forks:
             fork(args, run, games, i, trajectories)
         if args.checks:
-            check(args, run, games, i)
+            check(args, run, games, i, trajectories)
         for name in prm_names(args):
             process_reward_model(args, run, games, i, trajectories, name)
         improve(args, run, games, i, trajectories)
@@ -123,7 +123,7 @@ def sampled_tokens(trajectories):
 
 
 def fork(args, run, games, i, trajectories):
-    """Stage 1b with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
+    """Stage 1b, with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
     with run.stage(f"iter{i}/forks") as stage:
         todo = [(games.by_id[trajectories[j].game], n, trajectories[j].ids[:trajectories[j].spans[k + 1, 0]], k + 1)
                 for n, (j, k) in enumerate(forks_of(trajectories, args.forks))]
@@ -169,29 +169,36 @@ def rollouts_in(folder, name="rollouts"):
     return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
 
 
-def check(args, run, games, i):
-    """Stage 2a: π_{i−1}'s weights learn to check names, from its demonstrations; every PRM of the iteration starts from them."""
+def held_out(args, trajectories, i):
+    """Task folders of the rollouts, of which no PRM of the iteration sees a rollout, or in its own lessons a demonstration: a share of --held-out, at least one."""
+    folders = sorted({task_folder(t.game) for t in trajectories})
+    order = generator(args.seed, "held out", i).permutation(len(folders))
+    return {folders[f] for f in order[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))]}
+
+
+def check(args, run, games, i, trajectories):
+    """Stage 2a: π_{i−1}'s weights learn to check actions, from its demonstrations; every PRM of the iteration starts from them."""
     with run.stage(f"iter{i}/checks") as stage:
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
-        prm = policy.with_score_head()
-        log = train_checks(prm, tokenizer, demonstrations(args, games, tokenizer), teller(games.train, tokenizer, args.exchange), updates=args.checks, lr=args.prm_lr, batch=args.check_batch,
-                           seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
+        prm, held = policy.with_score_head(), held_out(args, trajectories, i)
+        demos = [(t, taught) for t, taught in demonstrations(args, games, tokenizer) if task_folder(t.game) not in held]
+        log = train_checks(prm, tokenizer, demos, teller(games.train, tokenizer, args.exchange), updates=args.checks, lr=args.prm_lr,
+                           batch=args.check_batch, seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
         save_model(run.path / f"iter{i}/checks", prm, tokenizer)
         stage.finish({"log": log})
 
 
 def process_reward_model(args, run, games, i, trajectories, name):
-    """Stage 1b and 2: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}, or from what it has become by checks."""
+    """Stage 2b: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}, or from what it has become by checks."""
     with run.stage(f"iter{i}/{name}") as stage:
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
-        folders = sorted({task_folder(t.game) for t in trajectories})
-        chosen = generator(args.seed, "held out", i).permutation(len(folders))[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))]
-        held = {folders[f] for f in chosen}
-        fit, test = ([t for t in trajectories if (task_folder(t.game) in held) == out] for out in (False, True))
+        held = held_out(args, trajectories, i)
+        apart = lambda things, game_of: [[one for one in things if (task_folder(game_of(one)) in held) == out] for out in (False, True)]
+        fit, test = apart(trajectories, lambda t: t.game)
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
         table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
         pairs, preferences = preference_pairs(fit, table, args.delta)
@@ -201,20 +208,20 @@ def process_reward_model(args, run, games, i, trajectories, name):
         options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         if args.algo == "inverseprm":
             rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
-            demos = demonstrations(args, games, tokenizer)
-            log = train_inverse_prm(prm, policy, [demo for demo in demos if task_folder(demo[0].game) not in held], rollouts, tell, gamma=args.gamma,
-                                    updates=args.inverse_updates, temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
+            demos, unseen = apart(demonstrations(args, games, tokenizer), lambda demo: demo[0].game)
+            log = train_inverse_prm(prm, policy, demos, rollouts, tell, gamma=args.gamma, updates=args.inverse_updates,
+                                    temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
         else:
             labels = labels_of(fit, table)
             if args.forks:
                 labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
-            value = fit_labels(state_labels(fit, table), states_of(fit)) if prm.config.head == "score" else None
+            value = fit_labels(state_labels(fit, table), states_of(fit)) if args.prm_loss == "bce" else None
             log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), tell, epochs=args.prm_epochs, value=value, **options)
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         card = report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0])
         if args.algo == "inverseprm":
-            sides = [demo for demo in demos if task_folder(demo[0].game) in held], [(t, None) for t in test]
+            sides = unseen, [(t, None) for t in test]
             card["told_apart"] = told_apart(*([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in sides), args.gamma, args.hide_ends)
         stage.finish({"held_out": card,
                       "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games),
@@ -227,7 +234,7 @@ def expert_preferred(args, prm, policy, tokenizer, games):
     `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: what --min-gap leaves to stage 3.
     """
     rng = generator(args.seed, "against chance")
-    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, 2 * len(games.dev)), seed=args.seed, mistakes=0.0,
+    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, len(games.dev)), seed=args.seed, mistakes=0.0,
                                                   max_steps=args.max_steps, context=args.context)]
     chance = pair_gaps(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes])
     gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])
@@ -285,22 +292,10 @@ def improve(args, run, games, i, trajectories):
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prms = [read_model(run.path / f"iter{i}/{name}", run.device, "score")[0] for name in prm_names(args)]
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
-        together = TOGETHER[args.ensemble_by]
 
         def weigh(some):
             """What of the rollouts is imitated, token by token."""
-            if args.imitate_by == "all":
-                gains = [np.ones(len(t)) for t in some]
-            elif args.imitate_by == "expert":
-                gains = [like_the_expert(t, together(np.stack(f)), args.gamma, args.hide_ends) for t, *f in zip(some, *(score(prm, some) for prm in prms))]
-            elif args.imitate_by == "progress":
-                gains = [progress(t, together(q)) for t, q in zip(some, opinions(prms, some))]
-            else:
-                if prms[0].config.head == "relative":  # says nothing about states
-                    values = [np.zeros(len(t)) for t in some]
-                else:
-                    values = map(together, opinions(prms, some, states_of))
-                gains = [better_than_expected(t, V, args.gamma) for t, V in zip(some, values)]
+            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends)
             return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
 
         def watch():
@@ -309,7 +304,7 @@ def improve(args, run, games, i, trajectories):
             q = np.concatenate(opinions(prms, played), axis=1)  # (K, actions)
             return {"true/success": float(np.mean([t.won for t in played])), "true/actions": float(np.mean([len(t) for t in played])),
                     "true/return": float(np.concatenate([returns(t, args.gamma) for t in played]).mean()),
-                    "prm/q": float(together(q).mean()), "prm/disagreement": float(q.std(0).mean())}
+                    "prm/q": float(TOGETHER[args.ensemble_by](q).mean()), "prm/disagreement": float(q.std(0).mean())}
 
         log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, teller(games.train, tokenizer, args.exchange), pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),

@@ -9,7 +9,7 @@ import torch
 
 import dpo
 from common import pad, save_model
-from credit import better_than_expected, imitated, like_the_expert, progress
+from credit import better_than_expected, imitated, like_the_expert, progress, worth
 from dpo import dpo_loss, imitation_loss, online_dpo
 from qestimate import returns
 from sft import sft_loss
@@ -198,11 +198,24 @@ def test_progress_is_what_an_action_added_and_reads_no_outcome():
     for t in played():
         q = np.random.default_rng(0).random(len(t))
         expected = [max(0, q[k] - q[k - 1]) if k else 0 for k in range(len(t))]
-        np.testing.assert_allclose(progress(t, q), expected)
-        weights, other = imitated(t, progress(t, q), 0.3), copy.copy(t)
+        np.testing.assert_allclose(progress(q), expected)
+        weights, other = imitated(t, progress(q), 0.3), copy.copy(t)
         other.won, other.reward = not t.won, 1 - t.reward
-        assert (imitated(other, progress(other, q), 0.3) == weights).all()
+        assert (imitated(other, progress(q), 0.3) == weights).all()
         assert [weights[start] for start, _ in t.spans] == [pytest.approx(e * (not bad)) for e, bad in zip(expected, t.inadmissible)]
+
+
+@pytest.mark.parametrize("prm_loss", ("bce", "bt", "promise-progress"))
+def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss):
+    """Read at the state; the promise of the action before, which plays V there; nothing of a PRM of preferences."""
+    prms, some = [random_model(head="relative" if prm_loss == "bt" else "score", seed=seed, scale=0.05) for seed in (1, 2)], played()[:6]
+    gains = worth(prms, some, "win", how="min", prm_loss=prm_loss, gamma=0.9, hide_ends=False)
+    for t, gain in zip(some, gains):
+        with torch.no_grad():
+            f = torch.stack([prm.scores(prm(torch.from_numpy(t.ids.astype(np.int64))[None])[0]) for prm in prms]).sigmoid().min(0).values.numpy()
+        ends = f[t.spans[:, 1] - 1]
+        V = {"bce": f[t.spans[:, 0] - 1], "bt": np.zeros(len(t)), "promise-progress": np.array([ends[max(0, k - 1)] for k in range(len(t))])}[prm_loss]
+        np.testing.assert_allclose(gain, t.won * np.maximum(0, returns(t, 0.9) - V), atol=1e-5)
 
 
 @pytest.mark.parametrize("hide_ends", (False, True))

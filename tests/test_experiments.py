@@ -31,7 +31,8 @@ def runs_of(monkeypatch, tmp_path, name):
             runs.append((folder, parse_flags(flags.split())))
             for i in (1, 3):
                 (folder / f"iter{i}/prm").mkdir(parents=True)
-                (folder / f"iter{i}/prm/config.json").write_text('{"head": "score"}')
+                (folder / f"iter{i}/prm/config.json").write_text("{}")
+            (folder / "config.json").write_text(json.dumps({"flags": vars(runs[-1][1])}))
 
     monkeypatch.setattr(experiments, "train", train)
     args = SimpleNamespace(out=tmp_path, rollouts=500, flags="--threads 1")

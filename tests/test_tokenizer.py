@@ -120,6 +120,15 @@ def test_renumbering_is_a_permutation_of_numbers_only():
     assert len(tables) == 10
 
 
+def test_with_any_number_no_two_names_become_one():
+    """Neither those of the game nor the others, which a mistake may name: a wrong number stays wrong."""
+    tok, counts = tokenizer(), games()[0].counts
+    tables = [tok.renumber(np.arange(len(tok)), counts, np.random.default_rng(seed), any_number=True) for seed in range(10)]
+    assert all(sorted(table) == list(range(len(tok))) for table in tables) and len({table.tobytes() for table in tables}) == 10
+    name = max(counts, key=lambda name: len(tok.instances(name)) - counts[name])
+    assert {int(table[tok.instances(name)[0]]) for table in tables} - set(tok.instances(name)[:counts[name]])  # numbers that the game has not
+
+
 def test_every_permutation_of_the_numbers_is_equally_likely():
     tok, rng = tokenizer(), np.random.default_rng(0)
     ids = [tok.tokens.index(f" mug {k}") for k in (1, 2, 3)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, read_model, save_model
+from common import UserError, read_model, save_model, write_json
 from figures import figures_of
 from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
@@ -316,6 +316,8 @@ def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
     assert 0 < len(seen) < 24 and set(seen.values()) == {2}  # of all learners so far, without the folders held out
     held = {t.game.split("/")[0] for t in rollouts_in(folder / "iter2")} - {game.split("/")[0] for game, _ in seen}
     assert 0 < len(demonstrations) < 64 and not held & {demo.game.split("/")[0] for demo, _ in demonstrations}
+    _, _, checked, *_ = capture(monkeypatch, folder, "iter2/checks", "train_checks")  # nor is f told of those before
+    assert [demo.game for demo, _ in checked] == [demo.game for demo, _ in demonstrations]
 
 
 # --- interruptions -----------------------------------------------------------------------------------------------------------------
@@ -417,8 +419,11 @@ def test_mistakes_are_told_in_one_line_before_any_work(flags, parts, tmp_path, m
 
 
 def test_values_are_not_taken_from_a_prm_that_has_none(run, tmp_path, monkeypatch, capsys):
-    save_model(tmp_path / "iter1/prm", read_model(run[0] / "iter0/policy")[0].with_score_head("relative"), read_model(run[0] / "iter0/policy")[1])
-    assert_refused(in_process(train_main, [*TINY, "--out", tmp_path / "run", "--shape-with", tmp_path / "iter1"], monkeypatch, capsys), "--shape-with", "one state")
+    (tmp_path / "other/iter1/prm").mkdir(parents=True)
+    for flags in ({"prm_loss": "bt"}, {"prm_loss": "promise-progress"}, {"algo": "inverseprm"}):
+        write_json(tmp_path / "other/config.json", {"flags": {"prm_loss": "bce", "algo": "agentprm", **flags}})
+        write_json(tmp_path / "other/iter1/prm/config.json", {})
+        assert_refused(in_process(train_main, [*TINY, "--out", tmp_path / "run", "--shape-with", tmp_path / "other/iter1"], monkeypatch, capsys), "--shape-with", "knows the states' values")
     assert not (tmp_path / "run").exists()
 
 
