@@ -14,23 +14,10 @@ from pathlib import Path
 
 from common import Parser, UserError, command_line, pick_device, read_json, read_model, set_up_torch, write_json
 from eval import evaluate_policy, judge_best_episodes, paired_bootstrap, play
-from games import games_for, split_dev
+from games import games_of_run
 from rollout import rollout, slots_for
 from search import best_of_n, last_scores, read_prm
 from stock import alfworld_version
-
-
-def games_of_run(run, split, data):
-    """The games of a split as the run had them, dev being what it held out. -> ([Game], what they are, in words)"""
-    flags = read_json(run / "config.json")["flags"]
-    source = read_json(run / "data.json")["train"]
-    where = next((where for where in ("generated", "tiny") if f" {where} games of " in source), "alfworld")
-    n = flags["n_generated"] // (1 if split in ("dev", "train") else 4)
-    games, source = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
-    if split != "dev":
-        return games, source
-    dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags.get("without")]
-    return dev, f"{len(dev)} games held out of {source}"
 
 
 def pairs_of_run(run, policies):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import Parser, UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
-from games import game_flags, games_for, split_dev, write_games
+from games import game_flags, games_for, games_of_run, split_dev, write_games
 from generate import generate
 from play import narrated, play_by_hand, told
 from prm import score, sigmoid
@@ -177,7 +177,7 @@ def check(args):
         raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
     if args.beam and args.engine != "fast":
         raise UserError("--beam needs a world that can be set back: --engine fast")
-    if (min(args.best_of, args.best_of_episodes, args.n_generated, args.episodes_per_game, args.max_steps, 1 if args.slots is None else args.slots) < 1
+    if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps, *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
             or min(args.temperature, args.seed, args.lookahead) < 0):
         raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
                         "--lookahead, --temperature and --seed at least 0")
@@ -201,7 +201,7 @@ def main():
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
     game_flags(what, "valid_seen")
-    add(what, "--n-generated", "how many generated games a split has", type=int, default=200, metavar="N")
+    add(what, "--n-generated", "how many generated games a split has (default: 3553 of train, whose share is dev, 200 of others)", type=int, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
     add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
     add(what, "--engine", "the fast exact world, or alfworld's own", default="fast", choices=("fast", "alfworld"))
@@ -215,7 +215,14 @@ def main():
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
     set_up_torch()
-    games, source = games_for(args.games, args.data, args.split, args.n_generated)
+    run = Path(args.policy or "", "../..")
+    if args.split == "dev" and args.policy and (run / "data.json").exists():
+        games, source = games_of_run(run, "dev", args.data)  # what this policy was not trained on
+        if args.engine == "alfworld" and games[0].path is None:
+            raise UserError("--engine alfworld: generated games that a run held out are not written for it; another --split")
+    else:
+        args.n_generated = args.n_generated or (3553 if args.split in ("dev", "train") else 200)  # dev as train.py and sft.py hold it out
+        games, source = games_for(args.games, args.data, args.split, args.n_generated)
     make_env, folder = AlfworldEnv, None
     if args.engine == "alfworld":
         make_env, args.slots = StockAlfworldEnv, min(args.slots or 8, 8)

@@ -32,6 +32,7 @@ WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"
 HACKED = f"--imitate 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home} is the folder of the seed's runs
     "plain": "--iters 3",
+    "as-published": f"{DPO_ALONE} --iters 3 --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",  # the paper's method alone, of 16 rollouts a game
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
@@ -74,7 +75,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
 }
 OWN_POLICY = ("plain", "without-exchange", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 GAMES, DEV = 1200, 200  # of the first experiments
-TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
+TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
 OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
 NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random

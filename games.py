@@ -18,12 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import Parser, command_line
+from common import Parser, command_line, read_json
 from env import Game
 from generate import SPLITS, UNSEEN_ROOMS, DataError, generate, generated_split
 
 COMPLETE = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # games of the published splits
 CACHE = Path("~/.cache/alfworld").expanduser()  # where alfworld-download puts its data
+NOT_FOUND = " (no ALFWorld data found)"
 URL = "https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip"  # alfworld-download's, 0.4.2
 
 
@@ -113,16 +114,34 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     chosen = split_dev(chosen)[1] if split == "dev" else chosen
     if not chosen:
         raise DataError(f"no games of {split}: there are too few")
-    why = " (no ALFWorld data found)" * (games == "auto")
+    why = NOT_FOUND * (games == "auto")
     source = (f"{len(chosen):,} games of {split} from {folder}" if folder else
               f"{len(chosen):,} {games if games == 'tiny' else 'generated'} games of {split}, seed {seed}, alfworld {version('alfworld')}{why}")
     print(f"games: {source}", file=sys.stderr)
     return chosen, source
 
 
+def games_of_run(run, split, data=None):
+    """The games of a split as a run of train.py had them, dev being what it held out. -> ([Game], what they are, in words)
+
+    DataError where dev is asked for, and the train games at hand are not those of the run.
+    """
+    flags, source = read_json(Path(run, "config.json"))["flags"], read_json(Path(run, "data.json"))["train"]
+    where = next((where for where in ("generated", "tiny") if f" {where} games of " in source), "alfworld")
+    n = flags["n_generated"] // (1 if split in ("dev", "train") else 4)
+    games, found = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
+    if split != "dev":
+        return games, found
+    if not same_games(found, source):
+        raise DataError(f"{run} was trained on other games ({source}; now {found}): name theirs by --data")
+    dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags.get("without")]
+    return dev, f"{len(dev)} games held out of {found}"
+
+
 def same_games(source, other):
     """Whether two sources of `games_for` name the same games; their folder may have moved."""
-    return source.partition(" from ")[0] == other.partition(" from ")[0]
+    named = lambda source: source.partition(" from ")[0].removesuffix(NOT_FOUND)
+    return named(source) == named(other)
 
 
 def game_flags(group, split):

@@ -145,7 +145,7 @@ def promise_and_progress(trajectories, targets, beta):
 def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, state, value=None, obs_weight=0.0, name="PRM"):
     """Fit f to an Objective over the trajectories, to another one for the states' values, and `obs_weight` times the world's answers. -> log.
 
-    tell(ids, game id, rng) -> ids: how a trajectory is told this time (`sft.teller`), with other instance numbers, under which Q does not change.
+    tell(ids, game id, rng) -> ids: how a trajectory is told this time (`sft.teller`), with other names, under which its labels stay.
     """
     steps = max(1, round(epochs * -(-len(trajectories) // batch)))
     plan = [i for _, i in zip(range(steps), batches(len(trajectories), batch, generator(seed, "prm")))]
@@ -179,8 +179,8 @@ def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, st
         for kind, goal in goals.items():
             places = [goal.places[i] for i in picked]
             # over what n trajectories weigh on average: by the batch's own weight, an action would weigh more in a batch of short episodes, which are won ones
-            part, told_of = goal.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, n * weights[kind])
-            metrics |= {kind + what: number for what, number in {"loss": summed(part.detach()), **told_of}.items()}
+            part, measured = goal.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, n * weights[kind])
+            metrics |= {kind + what: number for what, number in {"loss": summed(part.detach()), **measured}.items()}
             loss = loss + part
         if obs_weight:
             answers = answers_loss(prm, h, ids, [trajectories[i].spans for i in picked], n * answered)

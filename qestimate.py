@@ -160,7 +160,8 @@ def visit_statistics(table):
     """How often (s, a) were visited, and how far single returns lie from Q̂ where there are several.
 
     `by_visits`: of the pairs (s, a) with at least 1, 2, 4, … visits but fewer than the next: how many, their mean Q̂ (the better a
-    policy does there, the higher), and the variance of their returns, from n of them as n − 1 tell it.
+    policy does there, the higher), each pair weighing once, and the variance of their returns around it (with Bessel's correction),
+    each visit weighing once.
     """
     pair, first = np.unique(table["pair"], return_index=True)
     count = table["count"][first]

@@ -1,8 +1,9 @@
 """The run directory: what was asked for, what is done, what came out; everything written whole, so that a run can be killed.
 
-    config.json      flags, seed, git commit, versions, data        metrics.jsonl    one line a finished stage
-    state.json       time, memory by stage                             result.json      π_0 … π_N, and which is best on dev
-    iter0/policy     π_0            iter<i>/policy, prm, rollouts   π_i, Q_i, rollouts of π_{i−1}
+    config.json      flags, seed, git commit, versions       data.json      the games
+    state.json       time, memory by stage                   metrics.jsonl  one line a finished stage
+    result.json      π_0 … π_N, and which is best on dev     best/          that policy, and its PRM
+    iter0/policy     π_0        iter<i>/rollouts, checks, prm, policy       rollouts of π_{i−1}, what Q_i starts from, Q_i, π_i
 """
 
 import json
@@ -47,10 +48,15 @@ def provenance():
                        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")}
 
 
+def begun(path):
+    """Whether any stage of the run has left something: until then a mistaken flag may be mended."""
+    return any(path.glob("*/*"))
+
+
 def settle_flags(path, flags):
     """Record the flags of a new run in its config.json, and where it comes from; those of a continued one must be the same (`same_flags`)."""
     config = path / "config.json"
-    if first_says(config.exists()):
+    if first_says(config.exists() and begun(path)):
         same_flags(path, flags)
     elif rank() == 0:
         write_json(config, {"flags": flags, "command": " ".join(sys.argv), **provenance()})
@@ -85,7 +91,7 @@ class Run:
     def note_data(self, source):
         """Record the games of the run; a continued run must have the same ones."""
         file = self.path / "data.json"
-        old = read_json(file) if file.exists() else source
+        old = read_json(file) if file.exists() and begun(self.path) else source
         if old.keys() != source.keys() or not all(same_games(old[split], source[split]) for split in old):
             raise UserError(f"{self.path} was started on other games ({old}; now {source}): use another --out")
         if rank() == 0:

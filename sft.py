@@ -141,11 +141,12 @@ def against_policy(trajectory, tokenizer, policy, proposals, seed):
 
 
 def teller(games, tokenizer, exchange):
-    """-> tell(ids, game id, rng, any_number): another telling of an episode of one of the games, with other numbers (`Tokenizer.renumber`).
+    """-> tell(ids, game id, rng, any_number): another telling of an episode of one of the games, the same story with other names.
 
-    exchange: the share of them told of another thing than the task asks for, one that some game's task does: the two names are exchanged.
-    Without, what few demonstrations ask for is seldom brought, and what none does never (LOG.md). Numbers do not change what is right;
-    an exchange does a little, for then things are not where they use to be.
+    This is data augmentation, of every training text: instance numbers are permuted (`Tokenizer.renumber`), and in a share `exchange` of the tellings
+    two names trade places throughout, that of the thing the task asks for and that of another which some game's task does ("put a mug in
+    desk" becomes "put a vase in desk", mugs vases, and vases mugs). Without that, what few demonstrations ask for is seldom brought, and what none does
+    never (LOG.md). Numbers do not change what is right; an exchange does a little, for then things are not where they use to be.
     """
     by_id = {game.id: game for game in games}
     wanted = {game.id: parse_task(game.task).object for game in games}
@@ -154,12 +155,12 @@ def teller(games, tokenizer, exchange):
     def tell(ids, game, rng, any_number=False):
         counts = by_id[game].counts
         if rng.random() < exchange:
-            mine, known, there = wanted[game], tokenizer.instances, np.zeros(len(tokenizer), bool)
+            asked, known, there = wanted[game], tokenizer.instances, np.zeros(len(tokenizer), bool)
             there[ids] = True
             highest = lambda name: max(np.flatnonzero(there[known(name)]), default=-1) + 1  # number of it that is told of
-            fit = [name for name in things if highest(mine) <= len(known(name)) and highest(name) <= len(known(mine))]
+            fit = [name for name in things if highest(asked) <= len(known(name)) and highest(name) <= len(known(asked))]
             other = fit[rng.integers(len(fit))]
-            ids, counts = tokenizer.swap_names(ids, mine, other), {**counts, other: counts.get(mine, 0), mine: counts.get(other, 0)}
+            ids, counts = tokenizer.swap_names(ids, asked, other), {**counts, other: counts.get(asked, 0), asked: counts.get(other, 0)}
         return tokenizer.renumber(ids, counts, rng, any_number)
 
     return tell
@@ -195,10 +196,10 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
         rng = generator(seed, "glance", number)
         game, demo = demonstration(env, games, prior, int(rng.integers(demos)), seed, mistakes, noise=noise)
         task, _ = split_intro(demo.observation)
-        mine = parse_task(task).object
+        asked = parse_task(task).object
         for before, step in zip(demo.steps, demo.steps[1:]):
             taking = step.action.startswith("take ")
-            if step.trained and "you see" in before.observation and (noise or taking == (f"a {mine} " in before.observation)):  # noise is taught as it is
+            if step.trained and "you see" in before.observation and (noise or taking == (f"a {asked} " in before.observation)):  # noise is taught as it is
                 prompt, action = tokenizer.prompt(task, before.observation), tokenizer.action(step.action)
                 ids = tell(np.array(prompt + action), game.id, rng, any_number=True)
                 taught = len(action) if taking else 1

@@ -5,7 +5,8 @@
     python train.py --smoke                                # every stage, tiny, on generated games
     torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs, or machines that share the disk of --out
 
-One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i → improve π_{i−1} to π_i by online DPO.
+One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i, which has first been taught to check → improve π_{i−1} to π_i by
+online DPO and self-imitation. `python experiments.py as-published` has the flags that leave the paper's method alone.
 The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
 """
 
@@ -284,7 +285,7 @@ def demonstrations(args, games, tokenizer):
 
 
 def improve(args, run, games, i, trajectories):
-    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init), at states of all rollouts so far."""
+    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init), at states of all rollouts so far (--states-of last: of π_{i−1}'s)."""
     with run.stage(f"iter{i}/dpo") as stage:
         if stage.done:
             return

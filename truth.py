@@ -12,7 +12,7 @@ little about that: most of what there is to know of a return is the state's. Pri
     far             pairs of actions of one state that are truly more than 0.15 apart: how many, and in which share Q says which is better
     gap of 0.05 …   pairs that Q holds for so far apart: how many, in which share the better one is better, and by how much, on average
 
-The first row is log π(a | s) in the place of Q. The rollouts stay in the run (truth-K.json), and are not played again.
+The first row is log π(a | s) in the place of Q, and of a PRM that compares actions of one state only it is f: their gaps are not Q's. The rollouts stay in the run (truth-K.json), and are not played again.
 """
 
 import sys
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common import Parser, UserError, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_json
-from curves import games_of_run
+from games import games_of_run
 from qestimate import pearson
 from rollout import rollout
 from search import read_prm
@@ -32,12 +32,12 @@ from tree import Tree
 FAR, GAPS = 0.15, (0.02, 0.05, 0.1, 0.2)
 
 
-def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, seed):
-    """Rollouts of `policy` at temperature 1 from states of its own. -> [{"game", "ids": those of the state, "actions": {text: {"ids", "n", "q"}}}]
+def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, temperature, seed):
+    """Rollouts of `policy` from states of its own. -> [{"game", "ids": those of the state, "actions": {text: {"ids", "n", "q"}}}]
 
     n: rollouts that began with the action; q: their mean discounted return, counted from the state.
     """
-    options = dict(temperature=1.0, max_steps=max_steps)
+    options = dict(temperature=temperature, max_steps=max_steps)
     played = list(rollout(policy, tokenizer, [(games[n % len(games)], n) for n in range(states)], seed=seed, **options))
     by_id, found, todo = {game.id: game for game in games}, [], []
     for n, t in enumerate(sorted(played, key=lambda t: t.episode)):
@@ -110,15 +110,19 @@ def main():
     policy, tokenizer = read_model(run / f"iter{args.policy}/policy", device)
     folders = args.prm or sorted(f.parent for f in run.glob(f"iter{args.policy + 1}/prm*/config.json"))
     prms = {str(folder): read_prm(folder, tokenizer, device, one_state=True) for folder in folders}
-    settings = {"policy": args.policy, "states": args.states, "rollouts": args.rollouts, "seed": args.seed, "gamma": flags["gamma"], "max_steps": flags["max_steps"]}
+    settings = {"policy": args.policy, "states": args.states, "rollouts": args.rollouts, "seed": args.seed,
+                "gamma": flags["gamma"], "max_steps": flags["max_steps"], "temperature": flags["rollout_temperature"]}
     file = run / f"truth-{args.policy}.json"
-    known = read_json(file) if file.exists() else {}
-    if {k: v for k, v in known.items() if k != "found"} != settings:
+    if file.exists():
+        known = read_json(file)
+        differ = [f"{k} {known.get(k)} -> {v}" for k, v in settings.items() if known.get(k) != v]
+        if differ:
+            raise UserError(f"{file} holds other rollouts ({'; '.join(differ)}): give the same flags, or move it away")
+    else:
         games, _ = games_of_run(run, "dev", args.data)
-        known = {**settings, "found": play_truth(policy, tokenizer, games, states=args.states, rollouts=args.rollouts, gamma=flags["gamma"],
-                                                 max_steps=flags["max_steps"], seed=args.seed)}
+        known = {**settings, "found": play_truth(policy, tokenizer, games, **{k: v for k, v in settings.items() if k != "policy"})}
         write_json(file, known)
-    scores = {f"log π_{args.policy}(a | s)": lambda tree: tree.logprobs(policy, 1.0),
+    scores = {f"log π_{args.policy}(a | s)": lambda tree: tree.logprobs(policy, flags["rollout_temperature"]),
               **{name: lambda tree, prm=prm: tree.scores(prm) if prm.config.head == "relative" else tree.scores(prm).sigmoid() for name, prm in prms.items()}}
     percent, number = lambda x: "–" if x is None else f"{x:.0%}", lambda x: f"{'–':>6}" if x is None else f"{x:6.2f}"
     for n, (name, score) in enumerate(scores.items()):

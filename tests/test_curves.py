@@ -8,9 +8,9 @@ import torch
 
 import curves
 from common import save_model, write_json
-from curves import find, games_of_run, main, pairs_of_run, whole_numbers
+from curves import find, main, pairs_of_run, whole_numbers
 from eval import evaluate_policy, judge_best_episodes
-from games import generated_split, split_dev
+from games import DataError, games_of_run, generated_split, split_dev
 from search import best_of_n, last_scores
 from tiny import assert_refused, in_process, play, taught, tokenizer
 
@@ -51,6 +51,11 @@ def test_dev_is_what_the_run_held_out(run):
     train, expected = split_dev(generated_split("train", 40), 6)
     assert [game.id for game in dev] == [game.id for game in expected] and 0 < len(dev) <= 6 and f"{len(dev)} games held out" in source
     assert len(games_of_run(run, "train", None)[0]) == 40 and len(games_of_run(run, "valid_seen", None)[0]) == 10
+    flags = json.loads((run / "config.json").read_text())["flags"]
+    write_json(run / "config.json", {"flags": {**flags, "n_generated": 44}})
+    with pytest.raises(DataError, match="trained on other games"):
+        games_of_run(run, "dev", None)
+    write_json(run / "config.json", {"flags": flags})
 
 
 def test_whole_numbers():

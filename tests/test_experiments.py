@@ -29,9 +29,9 @@ def runs_of(monkeypatch, tmp_path, name):
     def train(folder, flags):
         if folder not in [done for done, _ in runs]:
             runs.append((folder, parse_flags(flags.split())))
-            for i in (1, 3):
-                (folder / f"iter{i}/prm").mkdir(parents=True)
-                (folder / f"iter{i}/prm/config.json").write_text("{}")
+            for part in ("iter0/policy", "iter1/prm", "iter3/prm"):
+                (folder / part).mkdir(parents=True)
+                (folder / part / "config.json").write_text("{}")
             (folder / "config.json").write_text(json.dumps({"flags": vars(runs[-1][1])}))
 
     monkeypatch.setattr(experiments, "train", train)
@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
-SMALL = "--games tiny --n-generated 60 --dev-games 12 --max-steps 6 --glances 2 --demos 32 --sft-updates 4 --rollouts 24 --min-games 12 --pairs 32 --inverse-updates 3 --dim 32 --layers 1 --hidden 32 " \
+SMALL = "--games tiny --n-generated 60 --dev-games 12 --max-steps 6 --glances 2 --checks 3 --demos 32 --sft-updates 4 --rollouts 24 --min-games 12 --pairs 32 --inverse-updates 3 --dim 32 --layers 1 --hidden 32 " \
         "--dev-episodes 1 --test-splits --threads 1"
 
 

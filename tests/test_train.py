@@ -18,7 +18,7 @@ from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from report import read_run
-from runs import load_games
+from runs import load_games, settle_flags
 from shards import load_trajectories, play_shards, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
@@ -320,6 +320,17 @@ def test_inverse_prm_reads_no_outcome(run, tmp_path, monkeypatch):
     assert [demo.game for demo, _ in checked] == [demo.game for demo, _ in demonstrations]
 
 
+def test_flags_may_be_mended_until_a_stage_has_left_something(tmp_path):
+    for beta in (1, 2):
+        settle_flags(tmp_path, {"beta": beta})
+        assert read(tmp_path / "config.json")["flags"] == {"beta": beta}
+    (tmp_path / "iter0").mkdir()
+    (tmp_path / "iter0/sft.state.safetensors").touch()
+    settle_flags(tmp_path, {"beta": 2})
+    with pytest.raises(UserError, match="--beta 2 -> 3"):
+        settle_flags(tmp_path, {"beta": 3})
+
+
 # --- interruptions -----------------------------------------------------------------------------------------------------------------
 
 def test_a_finished_run_is_left_as_it_is(run):
@@ -402,6 +413,9 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--steer", "0.5", "--init", "/nowhere/iter0/policy"), ("--steer", "/nowhere", "--init")),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
+    (("--prm-loss", "promise-progress", "--gae-lambda", "0.5"), ("--gae-lambda 0.5", "--targets")),
+    (("--imitate", "0", "--imitate-by", "progress"), ("--imitate-by progress", "--imitate")),
+    (("--algo", "inverseprm", "--prm-batch", "1"), ("--prm-batch 1", "inverseprm")),
     (("--shape", "potential"), ("--shape potential", "--shape-with")),
     (("--ensemble-by", "min"), ("--ensemble-by min",)),
     (("--ensemble", "2", "--ensemble-by", "min", "--prm-loss", "bt"), ("--ensemble-by min", "mean")),

@@ -14,11 +14,11 @@ def test_the_truth_is_the_mean_return_of_what_began_with_the_action(monkeypatch)
     todo = []
     rollout = truth.rollout
     monkeypatch.setattr(truth, "rollout", lambda policy, tok, episodes, **options: (todo.append(list(episodes)), rollout(policy, tok, episodes, **options))[1])
-    found = play_truth(taught(), tokenizer(), games()[:4], states=6, rollouts=5, gamma=0.9, max_steps=10, seed=0)
+    found = play_truth(taught(), tokenizer(), games()[:4], states=6, rollouts=5, gamma=0.9, max_steps=10, temperature=0.8, seed=0)
     assert [state["game"] for state in found] == [game.id for game in (games()[:4] * 2)[:6]] and len(todo[1]) == 30
     for n, state in enumerate(found):
         assert all(np.array_equal(episode[2], state["ids"]) for episode in todo[1][5 * n:5 * n + 5])
-    again = list(rollout(taught(), tokenizer(), todo[1], temperature=1.0, max_steps=10, seed=1))
+    again = list(rollout(taught(), tokenizer(), todo[1], temperature=0.8, max_steps=10, seed=1))
     expected = [{} for _ in found]
     for t in again:
         text = tokenizer().decode(t.ids[slice(*t.spans[0])]).strip()
@@ -57,7 +57,7 @@ def test_pairs_and_their_gain_written_out():
 def run(tmp_path):
     """A run directory of π_0, and two PRMs of iteration 1."""
     run = tmp_path / "run"
-    write_json(run / "config.json", {"flags": {"max_steps": 8, "gamma": 0.95, "n_generated": 40, "dev_games": 6, "data": None}})
+    write_json(run / "config.json", {"flags": {"max_steps": 8, "gamma": 0.95, "rollout_temperature": 1.0, "n_generated": 40, "dev_games": 6, "data": None}})
     write_json(run / "data.json", {"train": "40 generated games of train, seed 0, alfworld 0.4.2"})
     save_model(run / "iter0/policy", taught(), tokenizer())
     for k, head in enumerate(("score", "relative")):
@@ -78,6 +78,7 @@ def test_a_row_for_the_policy_and_for_every_prm_from_rollouts_that_stay(run, mon
     monkeypatch.setattr(truth, "play_truth", None)
     again = in_process(main, ("--run", run, *FLAGS, "--prm", run / "iter1/prm2"), monkeypatch, capsys).stdout.splitlines()
     assert again == [*lines[:3], lines[4]]
+    assert_refused(in_process(main, ("--run", run, *FLAGS, "--seed", 1), monkeypatch, capsys), "truth-0.json", "seed 0 -> 1")
     found = read_json(run / "truth-0.json")["found"]
     states = judged(lambda tree: tree.logprobs(taught(), 1.0), found, "cpu", 1)
     assert f"{sum(len(q) for _, q, _ in states)} actions of {len(states)} states" == lines[0]
