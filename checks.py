@@ -4,6 +4,8 @@ Returns are too noisy a teacher for that: told "go to ottoman 1" and "go to coff
 of 70,000 rollouts answers 0.52 and 0.56, where the truth is 0.95 and 0.10 (LOG.md). So it first sees the demonstrations of π_0, and beside each
 action a `wrong` one, and learns to hold the first for better. Nothing else is read; only the weights below the head are
 kept, and the lessons start from them.
+
+InversePRM goes on checking during its lessons: to tell the expert from the learner it need not rank the actions of one state, and forgets how.
 """
 
 import numpy as np
@@ -40,31 +42,31 @@ def wrong(action, text, tokenizer, rng):
     return other
 
 
-def train_checks(prm, tokenizer, demonstrations, tell, *, updates, lr, batch, seed, state, name="checks"):
-    """Teach f of `prm` to be higher behind an action of `demonstrations` [(Trajectory, taught (T,))] than behind a wrong one. -> log
+def check_loss(prm, tokenizer, demonstrations, tell, batch, rng):
+    """f higher behind an action of a demonstration than behind a wrong one, by `bt_loss`. -> scalar or None, {metric: (sum, count)}
 
-    Each update takes `batch` of them, by `tell` (`sft.teller`) with any numbers, and all their actions but mistakes.
+    Of `batch` of the demonstrations [(Trajectory, taught (T,))] that rng draws, told by `tell` (`sft.teller`) with any numbers, all actions but mistakes.
     """
-    device = prm.cos.device
+    texts, pairs = [], []  # of each demonstration: ids; [(start, end of the action, ids of a wrong one)]
+    for i in rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch):
+        t, taught = demonstrations[i]
+        ids = tell(t.ids.astype(np.int64), t.game, rng, any_number=True)
+        others = [(start, end, wrong(ids[start:end], ids[:start], tokenizer, rng)) for start, end in t.spans[taught]]
+        texts.append(ids), pairs.append([one for one in others if one[2] is not None])
+    total = sum(map(len, pairs))
+    texts, pairs = mine(texts), mine(pairs)
+    if not any(pairs):
+        return None, {}
+    branches = [(b, int(start), other.tolist(), False) for b, some in enumerate(pairs) for start, _, other in some]
+    tree = Tree(texts, branches, prm.cos.device, whole=range(len(texts)))
+    h = tree.hidden(prm)  # (B, S, D)
+    ends = [np.array([end - 1 for _, end, _ in some], np.int64) for some in pairs]
+    f_better, f_worse = scores_at(prm, h, ends), prm.scores(h[tree.row, tree.end])
+    loss = bt_loss(f_better, f_worse).sum() / total
+    return loss, {"loss": summed(loss.detach()), "accuracy": ((f_better > f_worse).sum(), len(branches))}
 
-    def loss_of(step):
-        rng = generator(seed, "check", step)
-        texts, pairs = [], []  # of each demonstration: ids; [(start, end of the action, ids of a wrong one)]
-        for i in rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch):
-            t, taught = demonstrations[i]
-            ids = tell(t.ids.astype(np.int64), t.game, rng, any_number=True)
-            others = [(start, end, wrong(ids[start:end], ids[:start], tokenizer, rng)) for start, end in t.spans[taught]]
-            texts.append(ids), pairs.append([one for one in others if one[2] is not None])
-        total = sum(map(len, pairs))
-        texts, pairs = mine(texts), mine(pairs)
-        if not any(pairs):
-            return None, {}
-        branches = [(b, int(start), other.tolist(), False) for b, some in enumerate(pairs) for start, _, other in some]
-        tree = Tree(texts, branches, device, whole=range(len(texts)))
-        h = tree.hidden(prm)  # (B, S, D)
-        ends = [np.array([end - 1 for _, end, _ in some], np.int64) for some in pairs]
-        f_better, f_worse = scores_at(prm, h, ends), prm.scores(h[tree.row, tree.end])
-        loss = bt_loss(f_better, f_worse).sum() / total
-        return loss, {"loss": summed(loss.detach()), "accuracy": ((f_better > f_worse).sum(), len(branches))}
 
+def train_checks(prm, tokenizer, demonstrations, tell, *, updates, lr, batch, seed, state, name="checks"):
+    """Teach f of `prm` to check, by `check_loss`. -> log"""
+    loss_of = lambda step: check_loss(prm, tokenizer, demonstrations, tell, batch, generator(seed, "check", step))
     return optimise(prm, loss_of, updates, lr, state, name)

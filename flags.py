@@ -76,7 +76,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--gamma", 0.95, "discount", low=0.01, high=1)
     add(g, "--forks", 0, "rollouts forked behind every action of every rollout, whose returns make its label (the second paper's baseline); 0: none", metavar="K", low=0)
     g = parser.add_argument_group("stage 2: PRM")
-    add(g, "--checks", 1000, "updates before the lessons on the demonstrations' actions, each against a wrong one, for the PRM to learn to check; 0: none", metavar="N", low=0)
+    add(g, "--checks", 1000, "updates before the lessons on the demonstrations' actions, each against a wrong one, for the PRM to learn to check (inverseprm goes on with it beside them); 0: none", metavar="N", low=0)
     add(g, "--check-batch", 16, "demonstrations an update")
     add(g, "--prm-lr", 2e-3, "learning rate, of the checks too", low=1e-12, high=10)
     add(g, "--prm-epochs", None, f"passes over the labels (default: 1, as in the paper; 2 of fewer than {MANY:,} rollouts)", type=float, metavar="N", low=1e-9)

@@ -60,12 +60,14 @@ def told_apart(f_expert, f_learner, gamma, hide_ends=False):
 
 
 def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
-                      hide_ends=False, name="InversePRM"):
+                      hide_ends=False, check=None, name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
     Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
     together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
-    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. ValueError where a side has no transitions.
+    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
+    loss, of `checks.check_loss`: the classifier's own says little about the actions of one state, and without it f ranks them no better than a coin
+    (LOG.md). ValueError where a side has no transitions.
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
@@ -82,8 +84,10 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
         told = [tell(t.ids, t.game, rng) for t, _, _ in picked]
         moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
+        checked, metrics = check(step) if check else (None, {})
+        metrics = {f"checks/{what}": number for what, number in metrics.items()}
         if not told:
-            return None, {}
+            return checked, metrics
         now, then, ended, expert, states = [], [], [], [], []  # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
         for b, ((t, _, is_expert), (actions, last)) in enumerate(zip(picked, moves)):
             for k, end in zip(actions, last):
@@ -100,12 +104,12 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
         f_next = f_next.masked_scatter(expert & ~ended, prm.scores(h[tree.row, tree.end]))
         losses, z = inverse_loss(at(now), f_next, ended, expert, gamma)
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
-        metrics = {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
+        metrics |= {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
                    "reward/expert": (z[expert].sum(), int(expert.sum())), "reward/learner": (z[~expert].sum(), int((~expert).sum()))}
         if obs_weight:
             answers = answers_loss(prm, h, tree.ids, [t.spans for t, _, _ in picked], total_answers)
             metrics["answers"] = summed(answers.detach())
             loss = loss + obs_weight * answers
-        return loss, metrics
+        return loss if checked is None else loss + checked, metrics
 
     return optimise(prm, loss_of, updates, lr, state, name)

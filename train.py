@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ranks
-from checks import train_checks
+from checks import check_loss, train_checks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
 from dpo import online_dpo
@@ -210,8 +210,9 @@ def process_reward_model(args, run, games, i, trajectories, name):
         if args.algo == "inverseprm":
             rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
             demos, unseen = apart(demonstrations(args, games, tokenizer), lambda demo: demo[0].game)
-            log = train_inverse_prm(prm, policy, demos, rollouts, tell, gamma=args.gamma, updates=args.inverse_updates,
-                                    temperature=args.rollout_temperature, hide_ends=args.hide_ends, **options)
+            check = lambda step: check_loss(prm, tokenizer, demos, tell, args.check_batch, generator(options["seed"], "check", step))
+            log = train_inverse_prm(prm, policy, demos, rollouts, tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
+                                    hide_ends=args.hide_ends, check=check if args.checks else None, **options)
         else:
             labels = labels_of(fit, table)
             if args.forks:

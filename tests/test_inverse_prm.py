@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import inverse_prm
+from checks import check_loss
 from inverse_prm import inverse_loss, told_apart, train_inverse_prm, transitions
 from prm import score
 from tiny import as_it_is, tell, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
@@ -114,6 +115,19 @@ def test_it_learns_to_tell_the_expert_from_the_learner(tmp_path, sides):
     assert log[0]["loss"] == pytest.approx(np.log(2), abs=0.15)  # f is zero at first, and batches differ in weight
     end = {k: np.mean([entry[k] for entry in log[-5:]]) for k in log[0]}
     assert end["accuracy"] > 0.6 and end["reward/expert"] > 0 > end["reward/learner"]
+
+
+def test_checks_are_one_more_loss(monkeypatch, sides):
+    """The same classifier's loss, and what check_loss says of the same step on top; a step without any check is the classifier's alone."""
+    demonstrations, rollouts = sides
+    prm = random_model(head="score", scale=0.05)
+    monkeypatch.setattr(inverse_prm, "optimise", lambda model, loss_of, *a: [loss_of(step) for step in (0, 1)])
+    options = dict(gamma=0.9, updates=2, lr=1, batch=6, temperature=1.0, seed=3, state=None)
+    checked = lambda step: check_loss(prm, tokenizer(), demonstrations, as_it_is, 4, np.random.default_rng(step))
+    for check, more in ((checked, [checked(step)[0] for step in (0, 1)]), (lambda step: (None, {}), [0, 0])):
+        alone, both = (train_inverse_prm(prm, taught(), demonstrations, rollouts, as_it_is, check=c, **options) for c in (None, check))
+        for (a, _), (b, metrics), extra in zip(alone, both, more):
+            assert torch.allclose(b, a + extra) and ("checks/accuracy" in metrics) == (check is checked)
 
 
 def test_a_side_without_transitions_is_refused(sides, tmp_path):
