@@ -200,7 +200,7 @@ def test_the_previous_policy_plays(run, tmp_path, monkeypatch):
 
 def test_checks_start_from_the_policy_that_played(run, tmp_path, monkeypatch):
     prm, _, demos, *_, options = capture(monkeypatch, copy_of(run, tmp_path), "iter2/checks", "train_checks")
-    assert same(prm.model, read_model(run[0] / "iter1/policy")[0].model) and len(demos) == 64 and options["updates"] == 2
+    assert same(prm.model, read_model(run[0] / "iter1/policy")[0].model) and 0 < len(demos) < 64 and options["updates"] == 2
 
 
 def test_the_prm_starts_from_the_checks_and_does_not_see_the_folders_held_out(run, tmp_path, monkeypatch):
