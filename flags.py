@@ -8,7 +8,7 @@ from common import Parser, UserError, read_json
 from env import TASK_TYPES
 from games import GAMES
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, checks=50, check_batch=8, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
+SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, checks=50, check_batch=8, inverse_updates=50, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
              dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1, out="runs/smoke")
 MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
 
