@@ -24,7 +24,7 @@ from flags import parse_flags
 from games import games_for, split_dev
 from qestimate import held_out_check, history_keys, q_table, visit_statistics, world_keys
 from rollout import action_logprobs, rollout
-from runs import same_flags
+from runs import provenance, same_flags
 from sft import expert_trajectories
 
 DPO_ALONE = "--imitate 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
@@ -86,6 +86,9 @@ def train(folder, flags):
     words = [*shlex.split(flags), "--out", str(folder)]
     if (folder / "result.json").exists():
         same_flags(folder, vars(parse_flags(words)))
+        made, now = (read_json(folder / "config.json").get("commit"), provenance()["commit"])
+        if made != now:
+            print(f"{folder}: made by commit {made}; this is {now}", file=sys.stderr)
     else:
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *words]
         print("$", shlex.join(command), flush=True)
@@ -114,7 +117,7 @@ def spread(values, scale=100, digits=1):
 def row(folders):
     """What the runs of one ablation came to, over seeds: success of π_0, π_1 and the last policy, and the report card of the first PRM. -> cells of text"""
     results = [read_json(folder / "result.json")["rows"] for folder in folders]
-    if folders[0].name.startswith("labels"):  # stage 3 was left out
+    if "--pairs 16 " in ABLATIONS.get(folders[0].name, ""):  # stage 3 was left out
         results = [rows[:1] for rows in results]
     last = len(results[0]) - 1
     cells = [spread([rows[i][split]["success"] for rows in results]) if i <= last and split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, 1, max(1, last))]

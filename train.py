@@ -192,42 +192,51 @@ def check(args, run, games, i, trajectories):
 
 
 def process_reward_model(args, run, games, i, trajectories, name):
-    """Stage 2b: labels of the rollouts, held out by task folder; Q_i starts from π_{i−1}, or from what it has become by checks."""
+    """Stage 2b: Q_i starts from π_{i−1}, or from what it has become by checks, and learns from the rollouts; its report card is of rollouts held out by task folder."""
     with run.stage(f"iter{i}/{name}") as stage:
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
-        held = held_out(args, trajectories, i)
-        apart = lambda things, game_of: [[one for one in things if (task_folder(game_of(one)) in held) == out] for out in (False, True)]
-        fit, test = apart(trajectories, lambda t: t.game)
-        keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
-        table, test_table = (q_table(part, tokenizer, args.gamma, keys) for part in (fit, test))
-        pairs, preferences = preference_pairs(fit, table, args.delta)
         start = read_model(run.path / f"iter{i}/checks", run.device, "score")[0] if args.checks else policy
         prm = start.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
-        tell = teller(games.train, tokenizer, args.exchange)
-        options = dict(lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
-        if args.algo == "inverseprm":
-            rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j) if task_folder(t.game) not in held] + fit
-            demos, unseen = apart(demonstrations(args, games, tokenizer), lambda demo: demo[0].game)
-            check = lambda step: check_loss(prm, tokenizer, demos, tell, args.check_batch, generator(options["seed"], "check", step))
-            log = train_inverse_prm(prm, policy, demos, rollouts, tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
-                                    hide_ends=args.hide_ends, check=check if args.checks else None, **options)
-        else:
-            labels = labels_of(fit, table)
-            if args.forks:
-                labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
-            value = fit_labels(state_labels(fit, table), states_of(fit)) if args.prm_loss == "bce" else None
-            log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), tell, epochs=args.prm_epochs, value=value, **options)
+        held = held_out(args, trajectories, i)
+        test = [t for t in trajectories if task_folder(t.game) in held]
+        keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
+        learn = learn_from_demonstrations if args.algo == "inverseprm" else learn_from_returns
+        learned = learn(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight,
+                        seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
-        card = report(prm, test, labels_of(test, test_table), test_table, preference_pairs(test, test_table, args.delta)[0])
-        if args.algo == "inverseprm":
-            sides = unseen, [(t, None) for t in test]
-            card["told_apart"] = told_apart(*([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in sides), args.gamma, args.hide_ends)
-        stage.finish({"held_out": card,
-                      "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games),
-                      "visits": visit_statistics(table), "preferences": preferences, "log": log})
+        table = q_table(test, tokenizer, args.gamma, keys)
+        card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0])
+        stage.finish({"held_out": card, "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games), **learned})
+
+
+def learn_from_returns(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, **options):
+    """AgentPRM (P1, section 2): Q near the labels of the rollouts in other task folders than `held`. -> what there is to tell"""
+    fit = [t for t in trajectories if task_folder(t.game) not in held]
+    table = q_table(fit, tokenizer, args.gamma, keys)
+    labels, (pairs, preferences) = labels_of(fit, table), preference_pairs(fit, table, args.delta)
+    if args.forks:
+        labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
+    value = fit_labels(state_labels(fit, table), states_of(fit)) if args.prm_loss == "bce" else None
+    log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), teller(games.train, tokenizer, args.exchange), epochs=args.prm_epochs, value=value, **options)
+    return {"visits": visit_statistics(table), "preferences": preferences, "log": log}
+
+
+def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, **options):
+    """InversePRM (P1, section 3): f tells the expert from all learner policies so far, in other task folders than `held`. -> what there is to tell"""
+    seen = lambda t: task_folder(t.game) not in held
+    rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] + trajectories
+    demos, tell = demonstrations(args, games, tokenizer), teller(games.train, tokenizer, args.exchange)
+    shown = [(demo, taught) for demo, taught in demos if seen(demo)]
+    check = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
+    log = train_inverse_prm(prm, policy, shown, [t for t in rollouts if seen(t)], tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
+                            hide_ends=args.hide_ends, check=check if args.checks else None, **options)
+    prm.eval()
+    sides = [(demo, taught) for demo, taught in demos if not seen(demo)], [(t, None) for t in trajectories if not seen(t)]
+    apart = told_apart(*([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in sides), args.gamma, args.hide_ends)
+    return {"told_apart": apart, "visits": visit_statistics(q_table([t for t in trajectories if seen(t)], tokenizer, args.gamma, keys)), "log": log}
 
 
 def expert_preferred(args, prm, policy, tokenizer, games):
