@@ -8,7 +8,7 @@
     python eval.py --policy … --prm … --watch                        # one episode step by step, with what else the policy proposes, and Q
     python eval.py --agent human                                     # play yourself
     python eval.py --agent expert --split valid_seen          # and --agent random: what the numbers are to be read against
-    python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine
+    python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine; both: by ours too, episode by episode
 """
 
 import argparse
@@ -143,6 +143,8 @@ def remarks(result):
         lines.append(f"actions tried in the world an episode: {result['world_actions']:.1f}")
     if result.get("predictions", {}).get("answers"):
         lines.append(f"the world's answers foretold: {result['predictions']['exact']:.1%} exactly, {result['predictions']['tokens']:.1%} of their tokens")
+    if "equal_episodes" in result:
+        lines.append(f"won and actions alike in both engines: {result['equal_episodes']:,} of {len(result['episodes']):,} episodes")
     if "inadmissible" in result:
         lines.append(f"inadmissible actions: {result['inadmissible']:.1%}")
     return lines
@@ -175,6 +177,8 @@ def check(args):
         raise UserError(f"{searches[0]} needs --prm DIR")
     if args.admissible and (args.best_of > 1 or args.beam):
         raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
+    if args.engine == "both" and (args.watch or args.agent == "human"):
+        raise UserError("--engine both is for evaluations, not for --watch or --agent human")
     if args.beam and args.engine != "fast":
         raise UserError("--beam needs a world that can be set back: --engine fast")
     if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps, *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
@@ -183,7 +187,8 @@ def check(args):
                         "--lookahead, --temperature and --seed at least 0")
 
 
-def main():
+def parse():
+    """The command line -> namespace."""
     parser = Parser(__doc__)
     add = lambda group, flag, help, **kw: group.add_argument(flag, help=help, **kw)
     who = parser.add_argument_group("agent")
@@ -204,7 +209,7 @@ def main():
     add(what, "--n-generated", "how many generated games a split has (default: 3553 of train, whose share is dev, 200 of others)", type=int, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
     add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
-    add(what, "--engine", "the fast exact world, or alfworld's own", default="fast", choices=("fast", "alfworld"))
+    add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast", choices=("fast", "alfworld", "both"))
     run = parser.add_argument_group("run")
     add(run, "--seed", "names all randomness", type=int, default=0)
     add(run, "--slots", "episodes in flight at once (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
@@ -212,59 +217,77 @@ def main():
     add(run, "--json", "write the result there", metavar="FILE")
     args = parser.parse_args()
     check(args)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
-    set_up_torch()
-    run = Path(args.policy or "", "../..")
+    return args
+
+
+def chosen_games(args):
+    """-> games, where they come from, and the folder that holds them if they had to be written for alfworld's engine (None: they had not)"""
+    run, stock = Path(args.policy or "", "../.."), args.engine != "fast"
     if args.split == "dev" and args.policy and (run / "data.json").exists():
         games, source = games_of_run(run, "dev", args.data)  # what this policy was not trained on
-        if args.engine == "alfworld" and games[0].path is None:
-            raise UserError("--engine alfworld: generated games that a run held out are not written for it; another --split")
+        if stock and games[0].path is None:
+            raise UserError(f"--engine {args.engine}: generated games that a run held out are not written for it; another --split")
     else:
         args.n_generated = args.n_generated or (3553 if args.split in ("dev", "train") else 200)  # dev as train.py and sft.py hold it out
         games, source = games_for(args.games, args.data, args.split, args.n_generated)
-    make_env, folder = AlfworldEnv, None
-    if args.engine == "alfworld":
-        make_env, args.slots = StockAlfworldEnv, min(args.slots or 8, 8)
-        if games[0].path is None:  # alfworld's engine reads files
-            folder = tempfile.TemporaryDirectory()
-            split = "train" if args.split == "dev" else args.split
-            write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
-            games, _ = games_for("alfworld", folder.name, args.split)
+    if not stock or games[0].path is not None:
+        return games, source, None
+    folder, split = tempfile.TemporaryDirectory(), "train" if args.split == "dev" else args.split  # alfworld's engine reads files
+    write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
+    return games_for("alfworld", folder.name, args.split)[0], source, folder
+
+
+def evaluation(args, games, policy=None, tokenizer=None, prm=None):
+    """-> player(make_env) -> result of the `evaluate_*` that the flags ask for"""
+    common = dict(max_steps=args.max_steps, seed=args.seed, episodes_per_game=args.episodes_per_game)
+    if args.agent != "policy":
+        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
+        return lambda make_env: evaluate_scripted(args.agent, games, prior=prior, make_env=make_env, **common)
+    common |= dict(temperature=args.temperature, slots=args.slots)
+    if args.beam:
+        return lambda make_env: evaluate_beams(policy, prm, tokenizer, games, *args.beam, make_env=make_env, **common)
+    if args.best_of_episodes > 1:
+        return lambda make_env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, make_env=make_env, **common)
+    common["slots"] = args.slots or slots_for(policy, args.best_of)
+    choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
+    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=choose, admissible=args.admissible, predictions=args.lookahead > 0, make_env=make_env, **common)
+
+
+def main():
+    args = parse()
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
+    set_up_torch()
+    games, source, folder = chosen_games(args)  # the folder lives as long as its name here
+    worlds = {"fast": [AlfworldEnv], "alfworld": [StockAlfworldEnv], "both": [AlfworldEnv, StockAlfworldEnv]}[args.engine]
+    if args.engine != "fast":
+        args.slots = min(args.slots or 8, 8)
     if args.agent == "human":
-        episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=make_env)
+        episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
         print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
         return 0
-    start = time.monotonic()
-    common = dict(max_steps=args.max_steps, seed=args.seed, make_env=make_env)
+    start, agent = time.monotonic(), ()
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
         searches = args.best_of > 1 or args.beam or args.best_of_episodes > 1
         prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if searches or args.watch and args.prm else None
-        common |= dict(temperature=args.temperature, slots=args.slots)
-        choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
-        if args.watch:
-            game = games[generator(args.seed, "watch").integers(len(games))]
-            [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=choose, admissible=args.admissible, **common)
-            print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
-            return 0
-        common["episodes_per_game"] = args.episodes_per_game
-        if args.beam:
-            result = evaluate_beams(policy, prm, tokenizer, games, *args.beam, **common)
-        elif args.best_of_episodes > 1:
-            result = evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, **common)
-        else:
-            common["slots"] = args.slots or slots_for(policy, args.best_of)
-            result = evaluate_policy(policy, tokenizer, games, choose=choose, admissible=args.admissible, predictions=args.lookahead > 0, **common)
-    else:
-        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
-        result = evaluate_scripted(args.agent, games, prior=prior, episodes_per_game=args.episodes_per_game, **common)
-    result = {"agent": args.agent, "split": args.split, **result, "max_steps": args.max_steps,
+        agent = policy, tokenizer, prm
+    if args.watch:
+        game = games[generator(args.seed, "watch").integers(len(games))]
+        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None, admissible=args.admissible,
+                               temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
+        print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
+        return 0
+    play_in = evaluation(args, games, *agent)
+    results = [play_in(world) for world in worlds]
+    result = {"agent": args.agent, "split": args.split, **results[-1], "max_steps": args.max_steps,
               "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "lookahead": args.lookahead,
               "beam": args.beam and "{}x{}".format(*args.beam), "best_of_episodes": args.best_of_episodes, "admissible": args.admissible,
               "policy": args.policy, "prm": args.prm, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
               "episodes_per_game": args.episodes_per_game, "seed": args.seed, "seconds": round(time.monotonic() - start, 1)}
+    if args.engine == "both":
+        result["equal_episodes"] = sum(ours == theirs for ours, theirs in zip(*(r["episodes"] for r in results)))
     print(f"agent {args.agent}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
           f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
     print(*table(result), *remarks(result), sep="\n")

@@ -188,11 +188,16 @@ def visits(run):
                 note="A logarithmic scale. A label is the mean return of all rollouts through (s, a): of a pair seen once it is a single throw.")
 
 
+def stage_of(name):
+    """A stage's name in state.json -> its iteration and kind, one of STAGES: "iter3/eval-dev" -> 3, "eval"; "iter1/prm2" -> 1, "prm"."""
+    i, kind = re.match(r"iter(\d+)/([a-z]+)", name).groups()
+    return int(i), "prm" if kind == "value" else kind  # --shape-with
+
+
 def time(run):
     minutes = {}
-    for name, seconds in run.seconds.items():
-        i, stage = int(name[4:name.index("/")]), re.match(r"\w+?/([a-z]+)", name)[1]  # iter3/eval-dev, iter1/prm2
-        stage = "prm" if stage == "value" else stage  # --shape-with
+    for name, seconds in run.cost["seconds"].items():
+        i, stage = stage_of(name)
         minutes.setdefault(i, dict.fromkeys(STAGES, 0.0))[stage] += seconds / 60
     marks, last, high = [], max(minutes), max(sum(stages.values()) for stages in minutes.values())
     for i, stages in minutes.items():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import Parser, UserError, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_file
 from eval import paired_bootstrap
-from figures import AGENT_PRM, figures_of, percent, pi, shade, span, svg, write_png
+from figures import AGENT_PRM, STAGES, figures_of, percent, pi, shade, span, stage_of, svg, write_png
 from flags import parse_flags
 from games import same_games
 from play import PROPOSALS, told
@@ -69,7 +69,7 @@ def main():
 
 
 def read_run(folder, sft_curve=None):
-    """A run directory -> .path .config .data .parameters .seconds .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
+    """A run directory -> .path .config .data .parameters .cost (state.json) .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
     .best (on dev), .stages(name) -> [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
 
     UserError where π_0 and π_1 are not evaluated, or the curve is not of a split that the run has.
@@ -91,7 +91,7 @@ def read_run(folder, sft_curve=None):
     curves = [read_json(file) for file in sorted(folder.glob("curves-*.json"))]
     config, splits = read_json(folder / "config.json"), list(dict.fromkeys(row["split"] for row in rows))
     return SimpleNamespace(path=folder, config=config, data=read_json(folder / "data.json"), rows=rows,
-                           seconds=read_json(folder / "state.json")["seconds"], iterations=sorted({row["i"] for row in rows}),
+                           cost=read_json(folder / "state.json"), iterations=sorted({row["i"] for row in rows}),
                            splits=splits, best=best, sft=sft_alone(sft_curve, splits, config["flags"]["init"]) if sft_curve else [], parameters=records[0, "sft"]["parameters"],
                            curves=[{**row, "split": one["split"]} for one in curves for row in one["rows"]],
                            stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
@@ -149,14 +149,14 @@ def page(run, figures, episodes, split):
     """report.html with its <!--places--> filled."""
     flags, best = run.config["flags"], [row for row in run.rows if row["i"] == run.best]
     tiles = [(pi(run.best), "best policy, chosen on dev"), *((percent(row["success"]), f"on {row['split']}, {points(row['gain'])} over {pi(0)}") for row in best),
-             (f"{run.parameters / 1e6:.2f} M", "parameters"), (f"{sum(run.seconds.values()) / 60:.0f} min", "of training and evaluation")]
+             (f"{run.parameters / 1e6:.2f} M", "parameters"), (f"{sum(run.cost['seconds'].values()) / 60:.0f} min", "of training and evaluation")]
     made = {figure["name"]: figure_html(figure) for figure in figures}
     about = {"command": run.config["command"], "commit": run.config["commit"], "machine": run.config["machine"],
              "versions": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
              "games": "; ".join(source.partition(" from ")[0] for source in run.data.values()), "rollouts an iteration": f"{flags['rollouts']:,}"}
     places = {"title": escape(run.path.resolve().name), "tiles": "".join(f"<li><b>{value}</b> {what}</li>" for value, what in tiles),
               "setting": f"Cap {flags['max_steps']} steps, temperature {flags['eval_temperature']}, actions written freely",
-              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run),
+              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run), "cost_table": cost_table(run),
               "tasks": "".join(html for name, html in made.items() if name.startswith("tasks-")),
               "figures": "".join(html for name, html in made.items() if not name.startswith("tasks-")),
               "about": "".join(f"<dt>{what}</dt><dd>{escape(str(value))}</dd>" for what, value in about.items()),
@@ -210,6 +210,16 @@ def prm_table(run):
     rows = [(pi(i, "Q"), percent(rolled[i]["success"]), number(rolled[i]["q_hat_check"]["pearson"]),
              *(number(record["held_out"].get(name)) for name in ("excess_bce", "ece", "pearson_returns", "mean_q", "mean_return"))) for i, record in run.stages("prm")]
     return table(head, rows)
+
+
+def cost_table(run):
+    """Time on the clock, time of all cores, and the most memory that the run's processes held at once, by stage, all iterations together."""
+    names = {stage: [name for name in run.cost["seconds"] if stage_of(name)[1] == stage] for stage in STAGES}
+    told = lambda kind, names, unit, join: join(there) / unit if (there := [run.cost[kind][name] for name in names if name in run.cost.get(kind, {})]) else None
+    number = lambda x, digits: "–" if x is None else f"{x:,.{digits}f}"
+    rows = [(what, number(told("seconds", some, 60, sum), 1), number(told("core_seconds", some, 3600, sum), 2), number(told("peak_mb", some, 1000, max), 2))
+            for what, some in (*((STAGES[stage], some) for stage, some in names.items() if some), ("all", sum(names.values(), [])))]
+    return table(("stage", "minutes", "core-hours", "peak memory, GB"), rows, [len(rows) - 1])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common import save_model
+from env import AlfworldEnv
 from eval import main as eval_main
 from eval import evaluate_beams, evaluate_best_episodes, evaluate_policy, evaluate_scripted
 from eval import judge_best_episodes, keep_by_expand, paired_bootstrap, summarise, table
@@ -202,8 +203,20 @@ def test_a_prm_that_compares_actions_of_one_state_is_for_those_alone(folder, tmp
 
 def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     flags = ("--policy", folder / "policy", "--max-steps", 3, "--temperature", 1)
-    fast, stock = (evaluated(tmp_path, *flags, "--engine", engine, n=2)[0] for engine in ("fast", "alfworld"))
+    fast, stock, both = (evaluated(tmp_path, *flags, "--engine", engine, n=2)[0] for engine in ("fast", "alfworld", "both"))
     assert stock["engine"] == "alfworld" and [fast[k] for k in ("episodes", "success", "inadmissible")] == [stock[k] for k in ("episodes", "success", "inadmissible")]
+    assert both["episodes"] == stock["episodes"] and both["equal_episodes"] == len(stock["episodes"])
+
+
+def test_where_the_engines_differ_it_says_so(folder, tmp_path, monkeypatch, capsys):
+    class Stricter(AlfworldEnv):
+        def __init__(self, max_steps):
+            super().__init__(1)
+
+    monkeypatch.setattr("eval.StockAlfworldEnv", Stricter)
+    flags = ("--policy", folder / "policy", "--max-steps", 3, "--games", "generated", "--n-generated", 3, "--engine", "both", "--json", tmp_path / "out.json")
+    done = in_process(eval_main, flags, monkeypatch, capsys)
+    assert done.returncode == 0 and "0 of 3 episodes" in done.stdout and json.loads((tmp_path / "out.json").read_text())["equal_episodes"] == 0
 
 
 @pytest.mark.parametrize("flags, parts", (
@@ -216,6 +229,7 @@ def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--admissible"), ("--admissible", "--best-of")),
     (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--admissible"), ("--admissible", "--beam")),
     (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--engine", "alfworld"), ("--beam", "--engine fast")),
+    (("--policy", "{policy}", "--watch", "--engine", "both"), ("--engine both", "--watch")),
     (("--policy", "{policy}", "--prm", "{prm}", "--beam", "8"), ("--beam", "KxM")),
     (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--best-of", 2), ("--best-of", "--beam")),
     (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--best-of-episodes", 2), ("--best-of", "--best-of-episodes")),

@@ -104,6 +104,11 @@ def test_every_stage_of_every_iteration_has_its_time_and_type_its_success(report
     seconds = read(folder / "state.json")["seconds"]
     assert f"π₁, DPO: {seconds['iter1/dpo'] / 60:.1f} min" in text and f"π₀, SFT: {seconds['iter0/sft'] / 60:.1f} min" in text
     assert f"{sum(seconds.values()) / 60:.0f} min" in text
+    cost = read(folder / "state.json")
+    dpo = [name for name in seconds if name.endswith("/dpo")]
+    assert ["DPO", f"{sum(seconds[name] for name in dpo) / 60:.1f}", f"{sum(cost['core_seconds'][name] for name in dpo) / 3600:.2f}",
+            f"{max(cost['peak_mb'][name] for name in dpo) / 1000:.2f}"] in Page(text).rows
+    assert ["all", f"{sum(seconds.values()) / 60:.1f}"] in [row[:2] for row in Page(text).rows]
     for i in range(3):
         for kind, part in read(folder / f"iter{i}/eval-valid_seen.json")["by_task"].items():
             assert f"{KINDS[kind]} ({part['games']} games), {pi(i)}: {100 * part['success']:.1f} %" in text
