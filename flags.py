@@ -64,6 +64,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught", low=0, high=0.9)
     add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P", low=0, high=1)
     add(g, "--exchange", 0.3, "share of the demonstrations, and of the rollouts in training, in which the name of the wanted thing and another are exchanged throughout", metavar="P", low=0, high=1)
+    add(g, "--detours", 0.5, "share of the demonstrations told with a walk that leads nowhere before one of their actions, shown and not taught", metavar="P", low=0, high=1)
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss, and in what stage 3 imitates", low=0, high=10)
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
     add(g, "--sft-batch", 16, "demonstrations an update")

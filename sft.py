@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from common import Parser, UserError, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
-from expert import Expert, base, demonstrate, fit_prior, names, parse_task
+from expert import Expert, Step, base, demonstrate, fit_prior, names, parse_task
 from games import game_flags, games_for, split_dev
 from model import Config, Transformer
 from ranks import mine, summed
@@ -75,6 +75,34 @@ def demonstration(env, games, prior, number, seed, mistakes, steer=None, noise=0
     rng, first = generator(seed, "demo", number), steer and steer.choice(receptacle_types(game))
     demo = demonstrate(env, game, Expert(prior, rng, first=first), rng, mistakes=mistakes, max_steps=env.max_steps, noise=noise)
     return game, demo._replace(observation=hinted(demo.observation, first)) if first else demo
+
+
+PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
+
+
+def with_detour(game, demo, rng):
+    """The same demonstration, but before it goes to one of its places it walks about among others, which is shown and not taught. -> Demonstration
+
+    What the expert does afterwards is as right as before, for it goes to the first place that it has not looked into; so this asks for no other demonstration. A policy sees how
+    one leaves a walk that leads nowhere, and for where: its own mistakes are mostly that (LOG.md). The walk is among places that the demonstration does not go to from there on,
+    or has been to; one that comes upon the wanted thing is not told, for the expert would take it.
+    """
+    ways = [k for k, step in enumerate(demo.steps) if step.trained and step.action.startswith("go to ")]
+    if not ways:
+        return demo
+    k = ways[rng.integers(len(ways))]
+    task, view = split_intro(game.intro)
+    been, later = ({step.action for step in some} for some in (demo.steps[:k], demo.steps[k:]))
+    pool = [way for way in (f"go to {place}" for place in names(view)) if way not in later or way in been and way != demo.steps[k].action]
+    if not pool:
+        return demo
+    among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
+    walk = [Step(str(among[rng.integers(len(among))]), "", False) for _ in range(rng.integers(1, WALK + 1))]
+    env = AlfworldEnv(len(demo.steps) + WALK)
+    env.reset(game)
+    steps = [step._replace(observation=env.step(step.action)[0]) for step in (*demo.steps[:k], *walk, *demo.steps[k:])]
+    found = any(f" {parse_task(task).object} " in step.observation and step.action not in been for step in steps[k:k + len(walk)])
+    return demo if found or steps[k + len(walk):] != demo.steps[k:] else demo._replace(steps=steps)  # a mistake further on may be answered otherwise
 
 
 # --- steered exploration: a strategy in the prompt, learned here, asked for in rollouts, unknown to the PRM and in evaluation ----------
@@ -166,10 +194,10 @@ def teller(games, tokenizer, exchange):
     return tell
 
 
-def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, steer=0.0, noise=0.0):
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, steer=0.0, noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
-    exchange: as in `teller`. steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
+    exchange: as in `teller`. detours: the share of them told with a detour, another each time. steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
     """
     env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, exchange)
     for number in numbers:
@@ -177,6 +205,9 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
         rng = generator(seed, "steer", number)
         demo = int(generator(seed, "telling", time).permutation(demos)[place])
         game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None, noise)
+        around = generator(seed, "detour", number)
+        if around.random() < detours:
+            demo = with_detour(game, demo, around)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
         out.append((tell(ids, game.id, generator(seed, "numbers", number)), weights))
     return out
@@ -221,7 +252,7 @@ def untrained(config, seed):
     return Transformer(config)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, exchange=0.0, steer=0.0, noise=0.0, name="SFT"):
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, steer=0.0, noise=0.0, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
@@ -232,7 +263,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         if step < glanced:
             return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
         first = (step - glanced) * batch
-        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, steer=steer, **options)
+        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, steer=steer, **options)
         return [(ids[:longest], weights[:longest]) for ids, weights in episodes]
 
     def loss_of(step):
@@ -271,6 +302,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
     parser.add_argument("--mistakes", type=float, default=0.15, help="chance of a mistake at a step, shown but not taught")
     parser.add_argument("--exchange", type=float, default=0.3, help="share of the demonstrations told of another thing than was wanted")
+    parser.add_argument("--detours", type=float, default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
     parser.add_argument("--obs-weight", type=float, default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=int, default=0, help="names all randomness")
     args = parser.parse_args()
@@ -278,8 +310,8 @@ def main():
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0 or not 0 <= args.exchange <= 1:
-        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0, --exchange in 0 … 1")
+    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0 or not (0 <= args.exchange <= 1 and 0 <= args.detours <= 1):
+        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0, --exchange and --detours in 0 … 1")
     set_up_torch()
     train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
     test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)
@@ -291,7 +323,7 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
                                      max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")

@@ -11,7 +11,7 @@ from common import key
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
 from sft import (against_chance, against_policy, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, teller, tellings, train_sft, train_tokenizer,
-                 without_hint)
+                 with_detour, without_hint)
 from sft import main as sft_main
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
@@ -70,6 +70,42 @@ def test_every_game_is_shown_once_before_any_twice():
     both = [shown(ids) for ids, _ in demos_of(range(2 * n), demos=2 * n)]
     assert sorted(both) == sorted(2 * of_game)
     assert sorted(shown(ids) for ids, _ in demos_of(range(n), demos=n)) == of_game
+
+
+def test_a_detour_leads_nowhere_and_the_expert_goes_on_as_it_would():
+    env, took, agrees, taught_after = AlfworldEnv(100), 0, 0, 0
+    for number in range(120):
+        game, demo = demonstration(AlfworldEnv(30), games(), prior(), number, 0, 0.15)
+        told = with_detour(game, demo, np.random.default_rng(number))
+        assert [step.action for step in told.steps if step.trained] == [step.action for step in demo.steps if step.trained]
+        first, _ = env.reset(game)
+        assert [env.step(step.action)[0] for step in told.steps] == [step.observation for step in told.steps]  # the world's own answers
+        assert env.won == demo.won
+        longer = len(told.steps) - len(demo.steps)
+        if not longer:
+            assert told == demo
+            continue
+        took += 1
+        assert 1 <= longer <= 10
+        k = next(k for k in range(len(told.steps)) if told.steps[:k] + told.steps[k + longer:] == demo.steps and not any(step.trained for step in told.steps[k:k + longer]))
+        assert all(step.action.startswith("go to ") for step in told.steps[k:k + longer]) and demo.steps[k].trained
+        assert told.steps[k + longer - 1].action != demo.steps[k].action
+        env.reset(game)
+        expert = Expert(prior(), np.random.default_rng(0))  # one that reads along
+        expert.reset(game.task, first)
+        for n, step in enumerate(told.steps):
+            if n >= k + longer and step.trained:
+                taught_after, agrees = taught_after + 1, agrees + (expert.act() == step.action)
+            expert.observe(step.action, env.step(step.action)[0])
+    assert took > 80 and agrees > 0.95 * taught_after > 200
+
+
+def test_a_share_of_the_demonstrations_takes_a_detour_another_each_time():
+    longer = [np.array([len(a) > len(b) for (a, _), (b, _) in zip(demos_of(numbers, demos=50, detours=p), demos_of(numbers, demos=50))])
+              for p, numbers in ((0.0, range(50)), (1.0, range(50)), (0.5, range(100)))]
+    assert not longer[0].any() and longer[1].mean() > 0.6 and 0.25 < longer[2].mean() < 0.6
+    one, again = ({tokenizer().decode(ids) for ids, _ in demos_of(range(start, start + 50), demos=50, detours=1.0)} for start in (0, 0))
+    assert one == again
 
 
 def test_an_episode_is_told_anew_with_other_numbers_or_of_another_thing():
