@@ -18,33 +18,27 @@ from tree import Tree
 
 
 def wrong(action, text, tokenizer, rng):
-    """Another action that is most likely a mistake, or None: one that stands in the text already, such as to go where one has been; or this one with one of its names
-    exchanged, for another of the text, or for the same with another number.
+    """Another action that is most likely a mistake, or None: one that stands in the text already, or this one with one of its names
+    exchanged, for another of the text or for the same with another number.
 
     action (n,) ids and text (L,) ids of what came before, up to its <act>. -> (m,) ids
     """
-    starts, ends = np.nonzero(text == ACT)[0][:-1] + 1, np.nonzero(text == END)[0] + 1
-    done = [text[start:end] for start, end in zip(starts, ends)]
-    pick = lambda pool: pool[rng.integers(len(pool))] if len(pool) else None
     kind = rng.integers(3)
     if kind == 0:
-        others = [other for other in done if not np.array_equal(other, action)]
-        return pick([other for other in others if other[0] == action[0]] or others)  # the same verb, if it was said
-    base_of = tokenizer.base_of
-    places = [k for k, token in enumerate(action) if int(token) in base_of]
+        starts, ends = np.nonzero(text == ACT)[0][:-1] + 1, np.nonzero(text == END)[0] + 1
+        pool = [text[start:end] for start, end in zip(starts, ends) if not np.array_equal(text[start:end], action)]
+        return pool[rng.integers(len(pool))] if pool else None
+    is_name = lambda token: int(token) in tokenizer.base_of
+    places = [k for k, token in enumerate(action) if is_name(token)]
     if not places:
         return None
-    k = pick(places)
-    base = base_of[int(action[k])]
-    if kind == 1:
-        fresh = set(text.tolist()).difference(*done) if len(places) == 1 else ()  # one of these, not yet tried, may be as good
-        pool = [token for token in tokenizer.instances(base) if token != action[k] and token not in fresh]
-    else:
-        pool = [token for token in text if base_of.get(int(token), base) != base]
+    k = places[rng.integers(len(places))]
+    pool = tokenizer.instances(tokenizer.base_of[int(action[k])]) if kind == 1 else filter(is_name, text)
+    pool = [token for token in pool if token != action[k]]
     if not pool:
         return None
     other = action.copy()
-    other[k] = pick(pool)
+    other[k] = pool[rng.integers(len(pool))]
     return other
 
 

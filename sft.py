@@ -131,17 +131,14 @@ def without_hint(trajectory, tokenizer):
     return replace(trajectory, ids=np.concatenate([plain, ids[end:]]), spans=trajectory.spans + np.int32(len(plain) - end))
 
 
-def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, detours=0.0, noise=0.0, context=2048):
-    """The demonstrations as the rollouts of a policy would be stored, those that outgrow its context cut as there; a share `detours` of them with one.
+def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_steps, noise=0.0, context=2048):
+    """The demonstrations as the rollouts of a policy would be stored, those that outgrow its context cut as there.
 
     -> [(Trajectory, taught (T,) bool: not a mistake)]
     """
     env, out = AlfworldEnv(max_steps), []
     for number in range(demos):
         game, demo = demonstration(env, games, prior, number, seed, mistakes, noise=noise)
-        around = generator(seed, "a detour", number)
-        if around.random() < detours:
-            demo = with_detour(game, demo, around)
         ids, _ = demonstration_tokens(demo, tokenizer, 0)
         spans = np.stack([np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1], axis=1)  # (T, 2)
         T = int((spans[:, 0] + MAX_ACTION <= context).sum())  # actions that fit

@@ -289,9 +289,9 @@ def reference_value(args, run):
 
 
 def demonstrations(args, games, tokenizer):
-    """Those that π_0 was trained on (one of --init, if its run had the same --demos, --mistakes, --demo-noise, --detours and --seed). -> [(Trajectory, taught (T,) bool)]"""
+    """Those that π_0 was trained on (one of --init, if its run had the same --demos, --mistakes, --demo-noise and --seed). -> [(Trajectory, taught (T,) bool)]"""
     return expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
-                               max_steps=args.max_steps, detours=args.detours, noise=args.demo_noise, context=args.context)
+                               max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
 
 
 def improve(args, run, games, i, trajectories):

@@ -41,27 +41,9 @@ def test_a_wrong_action_was_done_before_or_has_one_other_name_from_the_text_or_w
             places = np.nonzero(other != action)[0]
             assert len(other) == len(action) and len(places) == 1
             old, new = int(action[places[0]]), int(other[places[0]])
-            if new in tok.instances(tok.base_of[old]):
-                kinds["number"] += 1
-                tried = {int(token) for span in t.spans[:k] for token in t.ids[slice(*span)]}  # a place that stands there and was not tried yet may be as good
-                assert new in tried or new not in t.ids[:start] or sum(int(token) in tok.base_of for token in action) > 1
-            else:
-                kinds["name"] += 1
-                assert new in t.ids[:start] and new in tok.base_of
+            kinds["number" if new in tok.instances(tok.base_of[old]) else "name"] += 1
+            assert new in tok.instances(tok.base_of[old]) or (new in t.ids[:start] and new in tok.base_of)
     assert min(kinds[kind] for kind in ("done", "number", "name")) > sum(kinds.values()) / 6, kinds
-
-
-def test_what_was_done_before_is_of_the_same_kind_where_it_can_be(demonstrations):
-    """To go where one has been, rather than to go where one should: else the verb alone would tell."""
-    tok, rng, again = tokenizer(), np.random.default_rng(0), []
-    first = lambda action: tok.decode(action).split()[0]
-    for t, _ in demonstrations:
-        for k, span in enumerate(t.spans):
-            action, done = t.ids[slice(*span)], [t.ids[slice(*before)] for before in t.spans[:k]]
-            if any(first(one) == first(action) and not np.array_equal(one, action) for one in done):
-                others = [wrong(action, t.ids[:span[0]], tok, rng) for _ in range(6)]
-                again += [first(other) == first(action) for other in others if any(np.array_equal(other, one) for one in done)]
-    assert len(again) > 100 and all(again)
 
 
 def test_where_nothing_can_be_wrong_there_is_none():
