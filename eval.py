@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import Parser, UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
-from games import game_flags, games_for, games_of_run, split_dev, write_games
+from games import COMPLETE, game_flags, games_for, games_of_run, split_dev, write_games
 from generate import generate
 from play import narrated, play_by_hand, told
 from prm import score, sigmoid
@@ -206,7 +206,7 @@ def parse():
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
     game_flags(what, "valid_seen")
-    add(what, "--n-generated", "how many generated games a split has (default: 3553 of train, whose share is dev, 200 of others)", type=int, metavar="N")
+    add(what, "--n-generated", f"how many generated games a split has (default: {COMPLETE['train']} of train, whose share is dev, 200 of others)", type=int, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
     add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
     add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast", choices=("fast", "alfworld", "both"))
@@ -228,13 +228,18 @@ def chosen_games(args):
         if stock and games[0].path is None:
             raise UserError(f"--engine {args.engine}: generated games that a run held out are not written for it; another --split")
     else:
-        args.n_generated = args.n_generated or (3553 if args.split in ("dev", "train") else 200)  # dev as train.py and sft.py hold it out
+        args.n_generated = args.n_generated or (COMPLETE["train"] if args.split in ("dev", "train") else 200)  # dev as train.py and sft.py hold it out
         games, source = games_for(args.games, args.data, args.split, args.n_generated)
     if not stock or games[0].path is not None:
         return games, source, None
     folder, split = tempfile.TemporaryDirectory(), "train" if args.split == "dev" else args.split  # alfworld's engine reads files
     write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
     return games_for("alfworld", folder.name, args.split)[0], source, folder
+
+
+def chooser(args, prm):
+    """What --best-of asks for -> `choose` of `rollout`, or None"""
+    return best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
 
 
 def evaluation(args, games, policy=None, tokenizer=None, prm=None):
@@ -249,8 +254,7 @@ def evaluation(args, games, policy=None, tokenizer=None, prm=None):
     if args.best_of_episodes > 1:
         return lambda make_env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, make_env=make_env, **common)
     common["slots"] = args.slots or slots_for(policy, args.best_of)
-    choose = best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
-    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=choose, admissible=args.admissible, predictions=args.lookahead > 0, make_env=make_env, **common)
+    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=chooser(args, prm), admissible=args.admissible, predictions=args.lookahead > 0, make_env=make_env, **common)
 
 
 def main():
@@ -275,8 +279,7 @@ def main():
         agent = policy, tokenizer, prm
     if args.watch:
         game = games[generator(args.seed, "watch").integers(len(games))]
-        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None, admissible=args.admissible,
-                               temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
+        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=chooser(args, prm), admissible=args.admissible, temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
         print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
         return 0
     play_in = evaluation(args, games, *agent)

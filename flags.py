@@ -6,10 +6,11 @@ from pathlib import Path
 
 from common import Parser, UserError, read_json
 from env import TASK_TYPES
-from games import GAMES
+from games import COMPLETE, GAMES
 
-SMOKE = dict(games="generated", n_generated=120, dev_games=16, glances=150, checks=50, check_batch=8, inverse_updates=50, demos=300, sft_updates=250, sft_lr=5e-3, rollouts=96, min_games=12, shard=48, pairs=256,
-             dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, episodes_per_game=1, dev_episodes=1, out="runs/smoke")
+SMOKE = dict(out="runs/smoke", games="generated", n_generated=120, dev_games=16, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, demos=300, glances=150, sft_updates=250,
+             sft_lr=5e-3, rollouts=96, min_games=12, shard=48, checks=50, check_batch=8, inverse_updates=50, pairs=256, dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3,
+             episodes_per_game=1, dev_episodes=1)
 MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
 
 
@@ -45,7 +46,7 @@ def parse_flags(argv=None, doc=None):
     g = parser.add_argument_group("games")
     add(g, "--data", None, "folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
     add(g, "--games", "auto", "where games come from: auto takes ALFWorld's if there, else generates; tiny: small generated ones of short tasks", choices=GAMES)
-    add(g, "--n-generated", 3553, "generated train games (a quarter as many for each test split)", metavar="N")
+    add(g, "--n-generated", COMPLETE["train"], "generated train games (a quarter as many for each test split)", metavar="N")
     add(g, "--dev-games", 200, "train games held out by task folder, for every choice", metavar="N")
     add(g, "--without", None, "leave the games of a task type out of train and dev, to see how it fares untrained", choices=TASK_TYPES)
     add(g, "--test-splits", ["valid_seen", "valid_unseen"], "splits to report on, where they exist", nargs="*", metavar="NAME")
@@ -77,7 +78,8 @@ def parse_flags(argv=None, doc=None):
     add(g, "--gamma", 0.95, "discount", low=0.01, high=1)
     add(g, "--forks", 0, "rollouts forked behind every action of every rollout, whose returns make its label (the second paper's baseline); 0: none", metavar="K", low=0)
     g = parser.add_argument_group("stage 2: PRM")
-    add(g, "--checks", 1000, "updates before the lessons on the demonstrations' actions, each against a wrong one, for the PRM to learn to check (inverseprm goes on with it beside them); 0: none", metavar="N", low=0)
+    add(g, "--checks", 1000, "updates before the lessons on the demonstrations' actions, each against a wrong one, for the PRM to learn to check "
+        "(inverseprm goes on with it beside them); 0: none", metavar="N", low=0)
     add(g, "--check-batch", 16, "demonstrations an update")
     add(g, "--prm-lr", 2e-3, "learning rate, of the checks too", low=1e-12, high=10)
     add(g, "--prm-epochs", None, f"passes over the labels (default: 1, as in the paper; 2 of fewer than {MANY:,} rollouts)", type=float, metavar="N", low=1e-9)

@@ -23,7 +23,7 @@ from common import Parser, UserError, command_line, generator, key, optimise, pa
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, Step, base, demonstrate, fit_prior, names, parse_task
-from games import game_flags, games_for, split_dev
+from games import COMPLETE, game_flags, games_for, split_dev
 from model import Config, Transformer
 from ranks import mine, summed
 from rollout import MAX_ACTION, Trajectory
@@ -197,7 +197,8 @@ def teller(games, tokenizer, exchange):
 def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, steer=0.0, noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
-    exchange: as in `teller`. detours: the share of them told with a detour, another each time. steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
+    exchange: as in `teller`. detours: the share of them told with a detour, another each time. steer: the share of them in which the expert follows a strategy
+    that the prompt names; it plays each of these anew.
     """
     env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, exchange)
     for number in numbers:
@@ -252,7 +253,8 @@ def untrained(config, seed):
     return Transformer(config)
 
 
-def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, steer=0.0, noise=0.0, name="SFT"):
+def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
+              exchange=0.0, detours=0.0, steer=0.0, noise=0.0, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
@@ -313,8 +315,8 @@ def main():
     if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0 or not (0 <= args.exchange <= 1 and 0 <= args.detours <= 1):
         raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0, --exchange and --detours in 0 … 1")
     set_up_torch()
-    train, _ = split_dev(games_for(args.games, args.data, "train", 3553)[0])
-    test, source = games_for(args.games, args.data, args.split, 3553 if args.split == "dev" else 200)
+    train, _ = split_dev(games_for(args.games, args.data, "train", COMPLETE["train"])[0])
+    test, source = games_for(args.games, args.data, args.split, COMPLETE["train"] if args.split == "dev" else 200)
     prior, rows = fit_prior(train), []
     tokenizer = train_tokenizer(train, prior, args.seed)
     settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve")})
@@ -323,7 +325,8 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, state=folder / "state.safetensors", name=f"SFT {demos:,}")
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours,
+                      state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
                                      max_steps=args.max_steps, seed=args.seed, name=f"{demos:,} demonstrations")

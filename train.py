@@ -205,7 +205,6 @@ def process_reward_model(args, run, games, i, trajectories, name):
         learn = learn_from_demonstrations if args.algo == "inverseprm" else learn_from_returns
         learned = learn(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight,
                         seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
-        prm.eval()
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         table = q_table(test, tokenizer, args.gamma, keys)
         card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0])
@@ -226,17 +225,15 @@ def learn_from_returns(args, run, games, i, trajectories, held, prm, policy, tok
 
 def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, **options):
     """InversePRM (P1, section 3): f tells the expert from all learner policies so far, in other task folders than `held`. -> what there is to tell"""
-    seen = lambda t: task_folder(t.game) not in held
-    rollouts = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] + trajectories
-    demos, tell = demonstrations(args, games, tokenizer), teller(games.train, tokenizer, args.exchange)
-    shown = [(demo, taught) for demo, taught in demos if seen(demo)]
+    apart = lambda some: [[one for one in some if (task_folder(one[0].game) in held) == out] for out in (False, True)]  # to learn from, and held out
+    (shown, expert), (fit, learner) = apart(demonstrations(args, games, tokenizer)), apart([(t, None) for t in trajectories])
+    earlier, _ = apart([(t, None) for j in range(1, i) for t in stored_rollouts(args, run, j)])
+    tell = teller(games.train, tokenizer, args.exchange)
     check = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
-    log = train_inverse_prm(prm, policy, shown, [t for t in rollouts if seen(t)], tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
+    log = train_inverse_prm(prm, policy, shown, [t for t, _ in earlier + fit], tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
                             hide_ends=args.hide_ends, check=check if args.checks else None, **options)
-    prm.eval()
-    sides = [(demo, taught) for demo, taught in demos if not seen(demo)], [(t, None) for t in trajectories if not seen(t)]
-    apart = told_apart(*([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in sides), args.gamma, args.hide_ends)
-    return {"told_apart": apart, "visits": visit_statistics(q_table([t for t in trajectories if seen(t)], tokenizer, args.gamma, keys)), "log": log}
+    sides = ([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in (expert, learner))
+    return {"told_apart": told_apart(*sides, args.gamma, args.hide_ends), "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
 
 
 def expert_preferred(args, prm, policy, tokenizer, games):
