@@ -5,6 +5,7 @@
     python bench.py rollout --policy DIR    # episodes and decoding against transformers' generate on alfworld's engine
     python bench.py prm --policy DIR        # labels of a trajectory in one pass against a sequence for each (s, a)
     python bench.py dpo --policy DIR        # pairs as trees against TRL's DPOTrainer
+    python bench.py muon --policy DIR       # a step of the optimiser against torch.optim.Muon's
     python bench.py floor --policy DIR      # what share of the machine's peak they reach
 
 A ratio above 1 says that this repository is that many times better. Times are CPU times of one thread, so that what else runs
@@ -29,7 +30,7 @@ from time import process_time
 from tqdm import tqdm
 
 import env
-from bench_learning import bench_dpo, bench_floor, bench_prm, bench_rollout
+from bench_learning import bench_dpo, bench_floor, bench_muon, bench_prm, bench_rollout
 from common import Parser, command_line, write_json
 from env import TASK_TYPES, AlfworldEnv, Game
 from games import find_data, game_files, generate, write_games
@@ -186,7 +187,7 @@ def machine():
 
 
 BENCHES = {"env": bench_env, "rollout": partial(bench_rollout, row=row), "prm": partial(bench_prm, row=row), "dpo": partial(bench_dpo, row=row),
-           "floor": partial(bench_floor, row=row)}
+           "muon": partial(bench_muon, row=row), "floor": partial(bench_floor, row=row)}
 
 
 def main():

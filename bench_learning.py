@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import UserError, generator, pad, read_model, set_up_torch
+from common import Muon, UserError, generator, pad, read_model, set_up_torch
 from dpo import dpo_loss
 from games import games_for, split_dev
 from model import Cache
@@ -246,6 +246,18 @@ def plain_logprobs(tree, model):
     h = tree.hidden(model)
     logp = model.logits(h[tree.token_row, tree.token_before]).log_softmax(-1).gather(-1, tree.ids[tree.token_row, tree.token_place][:, None])[:, 0]
     return logp.new_zeros(len(tree.end)).index_add(0, tree.token_branch, logp)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------------------
+
+def bench_muon(args, row):
+    """A step over the matrices of all layers."""
+    policy, _, _ = load(args)
+    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and ".layers." in name]
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    ours, theirs = Muon(matrices, 1e-3, 0.01), torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    yield row("muon.step", "ms", turns(ours.step, 7), turns(theirs.step, 7), f"torch.optim.Muon, in bfloat16; {len(matrices)} matrices")
 
 
 # --- the floor --------------------------------------------------------------------------------------------------------

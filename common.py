@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import Transformer
+from model import AUTOCAST, Transformer
 from ranks import everyones, rank, sum_gradients
 from tokenizer import Tokenizer
 
@@ -191,17 +191,55 @@ def pad(rows, value=0, dtype=torch.long):
 
 # --- training ----------------------------------------------------------------------------------------------------------
 
+class Muon(torch.optim.Optimizer):
+    """Momentum of which every direction counts alike (Jordan et al. 2024), scaled to the step length of AdamW (Liu et al. 2025).
+
+    `torch.optim.Muon(…, adjust_lr_fn="match_rms_adamw")`, but in float32 on a CPU, where bfloat16 without hardware for it is ten times as slow
+    (`python bench.py muon`), and with all matrices of one shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), some in shapes.items():
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in some]
+                for buffer, p in zip(buffers, some):
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                ahead = torch.stack([p.grad.lerp(buffer, group["momentum"]) for buffer, p in zip(buffers, some)])  # Nesterov's
+                for p, update in zip(some, orthogonalised(ahead)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+
+def orthogonalised(matrices, iterations=5):
+    """Matrices (n, A, B) -> the same with their singular values at about one (0.7 … 1.2), by Newton-Schulz iterations."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(AUTOCAST.get(matrices.device.type, torch.float32))
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT  # (n, min(A, B), min(A, B))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
 def optimisers(model, lr, weight_decay=0.01):
     """Muon for the matrices inside the layers, AdamW for the rest (embedding, norms, head), at one learning rate.
 
-    Muon (Jordan et al. 2024) makes every direction of a matrix move; in-context copying, the bottleneck of SFT here, is learned
-    in about half the updates of AdamW (LOG.md).
+    In-context copying, the bottleneck of SFT here, is learned in about half the updates of AdamW alone (LOG.md).
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     known = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in known]
-    return (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True))
+    return Muon(matrices, lr, weight_decay), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, save_every=10.0, logs=20, watch=None):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, command_line, generator, key, optimise, pad, pick_device, read_model, uniform, write_file, write_json
+from common import Muon, UserError, command_line, generator, key, optimise, orthogonalised, pad, pick_device, read_model, uniform, write_file, write_json
 from tiny import random_model, tokenizer
 
 
@@ -152,3 +152,32 @@ def test_gradients_are_clipped_and_the_rate_follows_the_plan(tmp_path):
     rates = [(a - b).mean().item() for a, b in zip(moved, moved[1:])]
     assert rates[0] == pytest.approx(1e-3, rel=0.1) and max(rates) == pytest.approx(1e-2, rel=0.15) and np.argmax(rates) in (9, 10)
     assert rates[-1] == pytest.approx(1e-3, rel=0.2)
+
+
+# --- Muon ----------------------------------------------------------------------------------------------------------------------
+
+def test_muon_moves_as_torchs_does():
+    """But for the rounding of bfloat16, in which the other one works; wide, tall and square matrices, one of them without a gradient at times."""
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, requires_grad=True) for shape in ((64, 32), (64, 32), (32, 64), (48, 48))]
+    theirs, start = copy.deepcopy(ours), [p.detach().clone() for p in ours]
+    a, b = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(6):
+        for k, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = None if k == step == 1 else torch.randn(p.shape)
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step(), b.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (p - before).norm()
+
+
+def test_orthogonalised_matrices_have_singular_values_of_about_one():
+    torch.manual_seed(0)
+    for shape in ((3, 20, 50), (2, 50, 20), (1, 30, 30)):
+        matrices = torch.randn(shape)
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        x = orthogonalised(matrices)
+        assert x.shape == matrices.shape and x.dtype == matrices.dtype
+        inside = left.mT @ x @ right.mT  # the same directions, of other lengths
+        singular = inside.diagonal(dim1=1, dim2=2)
+        assert torch.allclose(inside, torch.diag_embed(singular), atol=1e-3) and ((singular > 0) & (singular < 1.3)).all() and singular.median() > 0.65
