@@ -24,7 +24,7 @@ from common import UserError, peak_memory, pick_device, read_json, write_file, w
 from eval import paired_bootstrap
 from games import DataError, games_for, same_games, split_dev
 from model import Config, Transformer
-from ranks import first_says, rank, wait
+from ranks import everyones, first_says, rank, ranks, wait
 
 UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when a run is continued
 
@@ -44,7 +44,7 @@ def provenance():
     commit = git("rev-parse", "HEAD") if (here / ".git").exists() else None
     return {"commit": commit.stdout.strip() + "+changes" * bool(git("status", "--porcelain", "-uno").stdout) if commit and not commit.returncode else None,
             "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "alfworld", "numpy", "tokenizers", "safetensors")}},
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores" + (f", {ranks()} processes" if ranks() > 1 else "")
                        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")}
 
 
@@ -74,6 +74,10 @@ class Stage:
         if self.done and rank() == 0:
             self.state.unlink(missing_ok=True)  # killed between the two lines of `finish`
 
+    def cost(self):
+        """-> seconds of all cores, and the most bytes held, so far, by this process and its workers"""
+        return sum(os.times()[:4]) - self.cores, peak_memory() + self.workers_memory
+
     def finish(self, record):
         if rank() == 0:
             write_json(self.record, {"stage": self.name, **record})
@@ -100,18 +104,19 @@ class Run:
     @contextmanager
     def stage(self, name):
         """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory
-        is kept that this process and its workers have held. Ranks begin and end it together; what is kept is the first one's."""
-        stage = Stage(self, name)
+        is kept that this process and its workers have held; of several ranks, which begin and end it together, the sums (of an interrupted stage the first one's)."""
+        stage, costs = Stage(self, name), None
         try:
             yield stage
-            wait()
+            costs = everyones(stage.cost())
         finally:
             if not stage.done and rank() == 0:
                 file = self.path / "state.json"
                 state = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
-                for kind, spent in (("seconds", time.monotonic() - stage.start), ("core_seconds", sum(os.times()[:4]) - stage.cores)):
+                core_seconds, memory = map(sum, zip(*(costs or [stage.cost()])))
+                for kind, spent in (("seconds", time.monotonic() - stage.start), ("core_seconds", core_seconds)):
                     state[kind][name] = round(state[kind].get(name, 0) + spent, 2)
-                state["peak_mb"][name] = max(state["peak_mb"].get(name, 0), round((peak_memory() + stage.workers_memory) / 1e6))
+                state["peak_mb"][name] = max(state["peak_mb"].get(name, 0), round(memory / 1e6))
                 state["last"] = name if stage.record.exists() else state["last"]
                 write_json(file, state)
 

@@ -68,6 +68,8 @@ def test_two_ranks_do_what_one_does(flags, alone, tmp_path):
     assert said.count("π_1 *") + said.count("π_0 *") == 1  # one table
     assert_equal(tmp_path / "run", alone)
     assert not list((tmp_path / "run").rglob("*.state.safetensors"))
+    memory, of_one = (read(run / "state.json")["peak_mb"]["iter1/dpo"] for run in (tmp_path / "run", alone))
+    assert memory > 1.3 * of_one  # of both
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_continues(flags, alone, tmp_path):
