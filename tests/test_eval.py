@@ -160,10 +160,13 @@ def test_a_policy_by_command_equals_the_same_in_python(folder, tmp_path):
 def test_best_of_n_by_command(folder, tmp_path):
     from games import generated_split
     from common import read_model
-    told, _ = evaluated(tmp_path, "--policy", folder / "policy", "--prm", folder / "prm", "--best-of", 3, "--max-steps", 5, "--temperature", 1)
-    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, temperature=1.0, choose=best_of_n(read_model(folder / "prm", head="score")[0], 3))
-    plain = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, temperature=1.0)
-    assert told["best_of"] == 3 and told["inadmissible"] == again["inadmissible"] != plain["inadmissible"]
+    flags = ("--policy", folder / "policy", "--max-steps", 20, "--episodes-per-game", 2, "--temperature", 1)
+    told, _ = evaluated(tmp_path, *flags, "--prm", folder / "prm", "--best-of", 3)
+    options = dict(max_steps=20, episodes_per_game=2, temperature=1.0)
+    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), choose=best_of_n(read_model(folder / "prm", head="score")[0], 3), **options)
+    plain = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), **options)
+    same = lambda a, b: all(a[key] == b[key] for key in ("episodes", "inadmissible"))
+    assert told["best_of"] == 3 and same(told, again) and not same(told, plain)
 
 
 def test_searches_by_command_equal_the_same_in_python(folder, tmp_path):
