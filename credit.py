@@ -29,6 +29,18 @@ def opinions(prms, trajectories, places=actions_of):
     return [np.stack(of_one) for of_one in zip(*(map(sigmoid, score(prm, trajectories, places=places)) for prm in prms))]
 
 
+SETBACK = 0.02  # of V; what an action costs less than that may be the PRM's error
+
+
+def no_setback(trajectory, V, gamma):
+    """1 for each action of a won rollout that was no setback by its states' values V (T,), γ V(s_{t+1}) − V(s_t) > −SETBACK, else 0, (T,).
+
+    A rollout is won in spite of some of its actions, and only the PRM can tell which. Lost rollouts give nothing.
+    """
+    after = np.append(gamma * V[1:], trajectory.won)  # nothing follows the last action
+    return trajectory.won * (after - V > -SETBACK)
+
+
 def better_than_expected(trajectory, V, gamma):
     """How much better a won rollout went than its states' values V (T,), max(0, G_t − V(s_t)), (T,): self-imitation (Oh et al. 2018,
     eq. 2). Lost rollouts give nothing.
@@ -54,10 +66,10 @@ def like_the_expert(trajectory, f, gamma, hide_ends=False):
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
-    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, expert, progress or all: for each trajectory (T,).
+    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, surplus, expert, progress or all: for each trajectory (T,).
 
     What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,
-    M_{t−1}, which plays V there (P2; M_0 for t = 0); 0 of one that compares actions of one state only.
+    M_{t−1}, which plays V there (P2; γ M_0 for t = 0: nothing gained, nothing lost); 0 of one that compares actions of one state only.
     """
     together = TOGETHER[how]
     if by == "all":
@@ -69,10 +81,12 @@ def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
     if prm_loss == "bt":
         values = [np.zeros(len(t)) for t in trajectories]
     elif prm_loss == "promise-progress":
-        values = [np.append(M[:1], M[:-1]) for M in map(together, opinions(prms, trajectories))]
+        values = [np.append(gamma * M[:1], M[:-1]) for M in map(together, opinions(prms, trajectories))]
     else:
         values = map(together, opinions(prms, trajectories, states_of))
-    return [better_than_expected(t, V, gamma) for t, V in zip(trajectories, values)]
+    if by == "surplus":
+        return [better_than_expected(t, V, gamma) for t, V in zip(trajectories, values)]
+    return [no_setback(t, V, gamma) for t, V in zip(trajectories, values)]
 
 
 def imitated(trajectory, gain, obs_weight):

@@ -35,14 +35,20 @@ def imitation_loss(policy, h, ids, weights, total=None):
     return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
 
 
+def as_it_was(trajectory, weights, rng):
+    """A rollout, and what its tokens weigh, as `online_dpo` goes through it: -> (ids (L,), where its actions start (T,), weights (L,))"""
+    return trajectory.ids, trajectory.spans[:, 0], weights
+
+
 def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, watch=None, name="DPO"):
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, stray=as_it_was, watch=None, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
-    (credit.py); it comes out of the same pass. `tell`: as of `sft.teller`. `watch`: as in `optimise`.
+    (credit.py); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
+    `sft.teller`, afterwards. `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
@@ -71,17 +77,18 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
         picked = [trajectories[i] for i in plan[step]]
-        ids = [tell(t.ids.astype(np.int64), t.game, rng) for t in picked]
+        told = [stray(t, worth_of[i] if imitate else np.zeros(len(t.ids), np.float32), rng) for i, t in zip(plan[step], picked)]
+        ids = [tell(ids.astype(np.int64), t.game, rng) for (ids, _, _), t in zip(told, picked)]
+        starts, worth = [starts for _, starts, _ in told], [weights for _, _, weights in told]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
-        worth = [worth_of[i] if imitate else np.zeros(1, np.float32) for i in plan[step]]
         total_states, total_weight = length * len(picked), weight * len(picked)  # of an average batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
-        picked, ids, at, worth, first = map(mine, (picked, ids, at, worth, first))
+        picked, ids, starts, at, worth, first = map(mine, (picked, ids, starts, at, worth, first))
         if total_weight:
             metrics["imitation"] = summed(0.0)  # this rank may have nothing to imitate
         if not picked:
             return None, metrics
-        states = [(b, int(t.spans[k, 0])) for b, t in enumerate(picked) for k in at[b]]
+        states = [(b, int(starts[b][k])) for b in range(len(picked)) for k in at[b]]
         branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
         stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)  # states: of a long trajectory as few are drawn as of a short one
         taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated

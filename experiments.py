@@ -36,9 +36,11 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
+    "surplus": "--imitate-by surplus",
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
-    "without-detours": "--detours 0",
+    "without-detours": "--detours 0 --imitate-detours 0",
+    "few-detours": "--imitate-detours 0",  # in demonstrations alone
     "last-states": "--iters 3 --states-of last",
     "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has
     "longest-sft": "--iters 0 --sft-updates 3843",  # as three iterations have

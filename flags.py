@@ -58,7 +58,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--hidden", 384, "width of the feed-forward")
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap", low=256)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
-    add(g, "--init", None, "start from this policy instead; it keeps its size, and of the flags here --demos, --mistakes, --demo-noise and --exchange still count", metavar="DIR")
+    add(g, "--init", None, "start from this policy instead; it keeps its size, and of the flags here --demos, --mistakes, --demo-noise, --exchange and --obs-weight still count", metavar="DIR")
     add(g, "--demos", 400, "demonstrations")
     add(g, "--sft-updates", 1500, "updates at least; demonstrations are told again with other numbers each time")
     add(g, "--glances", 300, "updates before them on single turns of the demonstrations, for the policy to learn to look", low=0)
@@ -112,9 +112,11 @@ def parse_flags(argv=None, doc=None):
     add(g, "--dpo-batch", 16, "trajectories an update")
     add(g, "--states-per-trajectory", 1, "states of each")
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
-    add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did better than the PRM expected; 0: DPO alone", low=0)
-    add(g, "--imitate-by", None, "win: what won rollouts did better than the PRM expected; progress: what raised the PRM's value, won or not; "
-        "all: every admissible action alike, a control (default: win; inverseprm imitates what its reward takes for the expert's)", choices=("win", "progress", "all"))
+    add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did, setbacks left out; 0: DPO alone", low=0)
+    add(g, "--imitate-by", None, "win: what won rollouts did that was no setback by the PRM's values; surplus: what they did by how much better they went than the PRM "
+        "expected (self-imitation); progress: what raised the PRM's value, won or not; all: every admissible action alike, a control (default: win; inverseprm imitates what its reward "
+        "takes for the expert's)", choices=("win", "surplus", "progress", "all"))
+    add(g, "--imitate-detours", 1.0, "share of what is imitated that is told with a walk that leads nowhere, as demonstrations are by --detours", metavar="P", low=0, high=1)
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, some twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference", low=0)
     g = parser.add_argument_group("evaluation")
@@ -144,7 +146,9 @@ def complaints(args, changed):
     for flag, needs, there in (
             ("--hide-ends", "--algo inverseprm", inverse), ("--targets", "--prm-loss promise-progress", promise),
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
-            ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate)):
+            ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
+            ("--imitate-detours", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
+            ("--inverse-updates", "--algo inverseprm", inverse), ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))
             yield f"{flag}{'' if x is True else f' {x}'} does nothing without {needs}"

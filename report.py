@@ -213,7 +213,7 @@ def prm_table(run):
 
 
 def cost_table(run):
-    """Time on the clock, time of all cores, and the most memory that the run's processes held at once, by stage, all iterations together."""
+    """Time on the clock, time of all cores, and the most memory that the run's processes have held until its end, by stage, all iterations together."""
     names = {stage: [name for name in run.cost["seconds"] if stage_of(name)[1] == stage] for stage in STAGES}
     told = lambda kind, names, unit, join: join(there) / unit if (there := [run.cost[kind][name] for name in names if name in run.cost.get(kind, {})]) else None
     number = lambda x, digits: "–" if x is None else f"{x:,.{digits}f}"

@@ -80,7 +80,7 @@ class Stage:
 
     def finish(self, record):
         if rank() == 0:
-            write_json(self.record, {"stage": self.name, **record})
+            write_json(self.record, {"stage": self.name, "commit": self.run.commit, **record})
             self.state.unlink(missing_ok=True)
             self.run.write_metrics()
 
@@ -91,6 +91,7 @@ class Run:
         cores = torch.get_num_threads()
         self.workers = cores if self.device.type == "cpu" else min(8, cores)  # processes that play rollouts: several keep a GPU from waiting for worlds
         settle_flags(self.path, dict(vars(args)))
+        self.commit = provenance()["commit"]  # of this sitting; a run may go on by later code
 
     def note_data(self, source):
         """Record the games of the run; a continued run must have the same ones."""
@@ -103,8 +104,8 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory
-        is kept that this process and its workers have held; of several ranks, which begin and end it together, the sums (of an interrupted stage the first one's)."""
+        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings but killed ones, and the most memory is kept
+        that this process has held until then, with its workers'; of several ranks, which begin and end it together, the sums (of an interrupted stage the first one's)."""
         stage, costs = Stage(self, name), None
         try:
             yield stage
@@ -207,7 +208,7 @@ def final_table(args, run):
         shutil.rmtree(target, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, target)
-    write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
+    write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "commits": list(dict.fromkeys(r.get("commit") for r in run.records())), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
     write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,  # last: a run that has it is whole
                                           "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
     print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from common import Parser, UserError, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
+from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, Step, base, demonstrate, fit_prior, names, parse_task
@@ -77,32 +78,14 @@ def demonstration(env, games, prior, number, seed, mistakes, steer=None, noise=0
     return game, demo._replace(observation=hinted(demo.observation, first)) if first else demo
 
 
-PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
-
-
-def with_detour(game, demo, rng):
-    """The same demonstration, but before it goes to one of its places it walks about among others, which is shown and not taught. -> Demonstration
-
-    What the expert does afterwards is as right as before, for it goes to the first place that it has not looked into; so this asks for no other demonstration. A policy sees how
-    one leaves a walk that leads nowhere, and for where: its own mistakes are mostly that (LOG.md). The walk is among places that the demonstration does not go to from there on,
-    or has been to; one that comes upon the wanted thing is not told, for the expert would take it.
-    """
+def strayed(game, demo, rng):
+    """The same demonstration told with a detour before one of the places it goes to, if there is one. -> Demonstration"""
     ways = [k for k, step in enumerate(demo.steps) if step.trained and step.action.startswith("go to ")]
-    if not ways:
+    taken = detour(game, [step.action for step in demo.steps], [step.observation for step in demo.steps], ways, rng)
+    if taken is None:
         return demo
-    k = ways[rng.integers(len(ways))]
-    task, view = split_intro(game.intro)
-    been, later = ({step.action for step in some} for some in (demo.steps[:k], demo.steps[k:]))
-    pool = [way for way in (f"go to {place}" for place in names(view)) if way not in later or way in been and way != demo.steps[k].action]
-    if not pool:
-        return demo
-    among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
-    walk = [Step(str(among[rng.integers(len(among))]), "", False) for _ in range(rng.integers(1, WALK + 1))]
-    env = AlfworldEnv(len(demo.steps) + WALK)
-    env.reset(game)
-    steps = [step._replace(observation=env.step(step.action)[0]) for step in (*demo.steps[:k], *walk, *demo.steps[k:])]
-    found = any(f" {parse_task(task).object} " in step.observation and step.action not in been for step in steps[k:k + len(walk)])
-    return demo if found or steps[k + len(walk):] != demo.steps[k:] else demo._replace(steps=steps)  # a mistake further on may be answered otherwise
+    k, walk = taken
+    return demo._replace(steps=[*demo.steps[:k], *(Step(*turn, False) for turn in walk), *demo.steps[k:]])
 
 
 # --- steered exploration: a strategy in the prompt, learned here, asked for in rollouts, unknown to the PRM and in evaluation ----------
@@ -208,7 +191,7 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
         game, demo = demonstration(env, games, prior, demo, seed, mistakes, rng if rng.random() < steer else None, noise)
         around = generator(seed, "detour", number)
         if around.random() < detours:
-            demo = with_detour(game, demo, around)
+            demo = strayed(game, demo, around)
         ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
         out.append((tell(ids, game.id, generator(seed, "numbers", number)), weights))
     return out

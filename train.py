@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs, or machines that share the disk of --out
 
 One iteration i: roll out π_{i−1} → Monte Carlo labels Q̂ → train the PRM Q_i, which has first been taught to check → improve π_{i−1} to π_i by
-online DPO and self-imitation. `python experiments.py as-published` has the flags that leave the paper's method alone.
+online DPO and imitation of what won. `python experiments.py as-published` has the flags that leave the paper's method alone.
 The same command on an existing --out goes on where it stopped, after Ctrl-C, a kill or a power cut.
 """
 
@@ -20,7 +20,8 @@ import ranks
 from checks import check_loss, train_checks
 from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
-from dpo import online_dpo
+from detours import with_detour
+from dpo import as_it_was, online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
@@ -306,6 +307,12 @@ def improve(args, run, games, i, trajectories):
             gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends)
             return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
 
+        def stray(t, weights, rng):
+            """A share of what is imitated is told with a detour."""
+            if weights.any() and rng.random() < args.imitate_detours:
+                return with_detour(t, weights, games.by_id[t.game], tokenizer, rng, args.context)
+            return as_it_was(t, weights, rng)
+
         def watch():
             """Does Q still mean success? Both, on the dev games, of the policy as it is now; Q's mean and that of the returns it stands for, over the same actions."""
             played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed))
@@ -317,7 +324,7 @@ def improve(args, run, games, i, trajectories):
         log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, teller(games.train, tokenizer, args.exchange), pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
-                         imitate=args.imitate, weigh=weigh, watch=watch if args.track_hacking else None, name=f"DPO {i}")
+                         imitate=args.imitate, weigh=weigh, stray=stray, watch=watch if args.track_hacking else None, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 

@@ -9,7 +9,7 @@ import torch
 
 import dpo
 from common import pad, save_model
-from credit import better_than_expected, imitated, like_the_expert, progress, worth
+from credit import SETBACK, better_than_expected, imitated, like_the_expert, no_setback, progress, worth
 from dpo import dpo_loss, imitation_loss, online_dpo
 from qestimate import returns
 from sft import sft_loss
@@ -194,6 +194,18 @@ def test_a_won_rollout_that_went_as_expected_teaches_nothing():
         np.testing.assert_allclose(better_than_expected(t, returns(t, 0.9), 0.9), 0, atol=1e-12)
 
 
+def test_of_a_won_rollout_what_was_no_setback_is_imitated_alike_and_of_a_lost_one_nothing():
+    """Against the rule written out, with a critic of random numbers; one that expects to win, and sooner with each action, leaves nothing out."""
+    rng, kept = np.random.default_rng(0), set()
+    for t in (*played(), *expert_trajectories()[:10]):
+        V = rng.random(len(t)) * 0.2
+        after = [0.9 * V[k + 1] if k + 1 < len(t) else 1 for k in range(len(t))]
+        expected = [float(t.won and after[k] - V[k] > -SETBACK) for k in range(len(t))]
+        assert no_setback(t, V, 0.9).tolist() == expected and no_setback(t, returns(t, 0.9), 0.9).tolist() == [float(t.won)] * len(t)
+        kept |= set(expected) if t.won else set()
+    assert kept == {0.0, 1.0}
+
+
 def test_progress_is_what_an_action_added_and_reads_no_outcome():
     for t in played():
         q = np.random.default_rng(0).random(len(t))
@@ -205,17 +217,18 @@ def test_progress_is_what_an_action_added_and_reads_no_outcome():
         assert [weights[start] for start, _ in t.spans] == [pytest.approx(e * (not bad)) for e, bad in zip(expected, t.inadmissible)]
 
 
+@pytest.mark.parametrize("by, rule", (("win", no_setback), ("surplus", better_than_expected)))
 @pytest.mark.parametrize("prm_loss", ("bce", "bt", "promise-progress"))
-def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss):
-    """Read at the state; the promise of the action before, which plays V there; nothing of a PRM of preferences."""
+def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss, by, rule):
+    """Read at the state; the promise of the action before, which plays V there, the first having neither gained nor lost; nothing of a PRM of preferences."""
     prms, some = [random_model(head="relative" if prm_loss == "bt" else "score", seed=seed, scale=0.05) for seed in (1, 2)], played()[:6]
-    gains = worth(prms, some, "win", how="min", prm_loss=prm_loss, gamma=0.9, hide_ends=False)
+    gains = worth(prms, some, by, how="min", prm_loss=prm_loss, gamma=0.9, hide_ends=False)
     for t, gain in zip(some, gains):
         with torch.no_grad():
             f = torch.stack([prm.scores(prm(torch.from_numpy(t.ids.astype(np.int64))[None])[0]) for prm in prms]).sigmoid().min(0).values.numpy()
         ends = f[t.spans[:, 1] - 1]
-        V = {"bce": f[t.spans[:, 0] - 1], "bt": np.zeros(len(t)), "promise-progress": np.array([ends[max(0, k - 1)] for k in range(len(t))])}[prm_loss]
-        np.testing.assert_allclose(gain, t.won * np.maximum(0, returns(t, 0.9) - V), atol=1e-5)
+        V = {"bce": f[t.spans[:, 0] - 1], "bt": np.zeros(len(t)), "promise-progress": np.array([ends[k - 1] if k else 0.9 * ends[0] for k in range(len(t))])}[prm_loss]
+        np.testing.assert_allclose(gain, rule(t, V, 0.9), atol=1e-5)
 
 
 @pytest.mark.parametrize("hide_ends", (False, True))

@@ -11,7 +11,7 @@ from common import key
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
 from sft import (against_chance, against_policy, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, teller, tellings, train_sft, train_tokenizer,
-                 with_detour, without_hint)
+                 strayed, without_hint)
 from sft import main as sft_main
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
@@ -76,7 +76,7 @@ def test_a_detour_leads_nowhere_and_the_expert_goes_on_as_it_would():
     env, took, agrees, taught_after = AlfworldEnv(100), 0, 0, 0
     for number in range(120):
         game, demo = demonstration(AlfworldEnv(30), games(), prior(), number, 0, 0.15)
-        told = with_detour(game, demo, np.random.default_rng(number))
+        told = strayed(game, demo, np.random.default_rng(number))
         assert [step.action for step in told.steps if step.trained] == [step.action for step in demo.steps if step.trained]
         first, _ = env.reset(game)
         assert [env.step(step.action)[0] for step in told.steps] == [step.observation for step in told.steps]  # the world's own answers

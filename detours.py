@@ -1,0 +1,63 @@
+"""Walks that lead nowhere, told in an episode and not taught.
+
+Where a policy loses it goes, mostly, where it has been (LOG.md). Few episodes show how one leaves such a walk, for those worth imitating
+hold none: demonstrations (sft.py) and won rollouts (dpo.py) are therefore told with one, a new one each time. What is taught is as right
+behind it as it was, so this asks for no further demonstration or rollout; only the world is asked what it answers on the way.
+"""
+
+import numpy as np
+
+from env import AlfworldEnv
+from expert import names, parse_task
+from tokenizer import split_intro
+
+PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
+
+
+def detour(game, actions, answers, ways, rng):
+    """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers. -> (that number, [(action, answer), …]) or None
+
+    The walk is among places that the episode does not go to from there on, or has been to. One that comes upon the wanted thing is not told, for then
+    taking it would be right, nor one after which the world answers otherwise.
+    """
+    if not ways:
+        return None
+    k = ways[rng.integers(len(ways))]
+    task, view = split_intro(game.intro)
+    been, later = set(actions[:k]), set(actions[k:])
+    pool = [way for way in (f"go to {place}" for place in names(view)) if way not in later or way in been and way != actions[k]]
+    if not pool:
+        return None
+    among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
+    walk = [str(among[rng.integers(len(among))]) for _ in range(rng.integers(1, WALK + 1))]
+    seen = replay(game, [*actions[:k], *walk, *actions[k:]])
+    before, on_it, after = np.split(np.array(seen, object), [k, k + len(walk)])
+    found = any(f" {parse_task(task).object} " in answer and way not in been for way, answer in zip(walk, on_it))
+    return None if found or [*before, *after] != list(answers) else (k, list(zip(walk, on_it)))
+
+
+def replay(game, actions):
+    """The world's answers to these actions from the start of the game."""
+    env = AlfworldEnv(len(actions))
+    env.reset(game)
+    return [env.step(action)[0] for action in actions]
+
+
+def with_detour(trajectory, weights, game, tokenizer, rng, longest):
+    """A rollout told with a detour before one of the ways that `weights` (L,) teach, if there is one. -> (ids (L′,), starts of its own actions (T,), weights (L′,))
+
+    The detour weighs nothing. What would be more than `longest` tokens is told without.
+    """
+    ids, starts = trajectory.ids, trajectory.spans[:, 0]
+    actions = tokenizer.actions(ids)
+    before = len(actions) - len(starts)  # of a demonstration, where it began in one
+    ways = [before + k for k, start in enumerate(starts) if weights[start] > 0 and actions[before + k].startswith("go to ")]
+    taken = detour(game, actions, replay(game, actions), ways, rng)
+    if taken is None:
+        return ids, starts, weights
+    k, walk = taken[0] - before, taken[1]
+    between = [token for action, answer in walk for token in (*tokenizer.action(action), *tokenizer.turn(answer))]
+    if len(ids) + len(between) > longest:
+        return ids, starts, weights
+    at = starts[k]  # where action k begins, behind its <act>
+    return np.insert(ids, at, between), starts + len(between) * (np.arange(len(starts)) >= k), np.insert(weights, at, np.zeros(len(between), weights.dtype))
