@@ -56,7 +56,7 @@ def check_loss(prm, tokenizer, demonstrations, tell, batch, rng):
     total = sum(map(len, pairs))
     texts, pairs = mine(texts), mine(pairs)
     if not any(pairs):
-        return None, {}
+        return None, {"loss": summed(0.0)} if total else {}
     branches = [(b, int(start), other.tolist(), False) for b, some in enumerate(pairs) for start, _, other in some]
     tree = Tree(texts, branches, prm.cos.device, whole=range(len(texts)))
     h = tree.hidden(prm)  # (B, S, D)

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -46,6 +47,26 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return {int: "N", float: "X"}.get(action.type, action.dest.upper())
 
 
+def between(low, high, kind=float):
+    """The type of a flag that is a number in low … high (math.inf: no end)."""
+    def number(text):
+        x = kind(text)  # its ValueError is argparse's to tell
+        if not low <= x <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must " + (f"be at least {low:g}" if high == math.inf else f"lie in {low:g} … {high:g}"))
+        return x
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def a_temperature(text):
+    """The type of a flag: 0, greedy, or a temperature that a sample can be taken at."""
+    x = float(text)
+    if x and not 1e-3 <= x <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0, which is greedy, or lie in 0.001 … 100")
+    return x
+
+
 def command_line(main):
     """Run a command's `main`, with mistakes of the user as one line and exit code 2, and Ctrl-C as one line."""
     try:
@@ -68,6 +89,8 @@ def set_up_torch(threads=None):
 
     threads: all cores, unless this or $OMP_NUM_THREADS says; of several processes of torchrun (which sets that to 1) each has its share.
     """
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: must be at least 1")
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads or (max(1, cores // processes) if processes > 1 else int(os.environ.get("OMP_NUM_THREADS", cores))))
     try:
@@ -112,7 +135,10 @@ def write_json(path, value):
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file, or a damaged one ({error})") from None
 
 
 def pick_device(name):
@@ -131,10 +157,13 @@ def read_model(folder, device="cpu", head="lm"):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).exists():
             raise UserError(f"{folder}: no model there ({name} is missing)")
-    model = Transformer.load(folder, device).eval()
+    try:
+        model, tokenizer = Transformer.load(folder, device).eval(), Tokenizer.load(folder)
+    except Exception as error:  # each of the three files has errors of its own library, tokenizers' a bare Exception
+        raise UserError(f"{folder}: not a model of this program, or a damaged one ({error!r}): copy it again, or name another") from error
     if (model.config.head == "lm") != (head == "lm"):
         raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
-    return model, Tokenizer.load(folder)
+    return model, tokenizer
 
 
 def save_model(folder, model, tokenizer):

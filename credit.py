@@ -35,7 +35,8 @@ SETBACK = 0.02  # of V; what an action costs less than that may be the PRM's err
 def no_setback(trajectory, V, gamma):
     """1 for each action of a won rollout that was no setback by its states' values V (T,), γ V(s_{t+1}) − V(s_t) > −SETBACK, else 0, (T,).
 
-    A rollout is won in spite of some of its actions, and only the PRM can tell which. Lost rollouts give nothing.
+    A rollout is won in spite of some of its actions, and only the PRM can tell which. It judges them by what the world answered, bad luck
+    included: judged by Q(s, a) − V(s), which does not know the answer, one imitates worse (LOG.md). Lost rollouts give nothing.
     """
     after = np.append(gamma * V[1:], trajectory.won)  # nothing follows the last action
     return trajectory.won * (after - V > -SETBACK)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import Parser, UserError, command_line, pick_device, read_json, read_model, set_up_torch, write_json
+from common import Parser, UserError, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
 from eval import evaluate_policy, judge_best_episodes, paired_bootstrap, play
 from games import games_of_run
 from rollout import rollout, slots_for
@@ -92,7 +92,7 @@ def main():
     add("--policies", type=whole_numbers, help="only these π_k (default: all)", metavar="K,K,…")
     add("--split", default="dev", help="dev (what the run held out of train), or a folder of the data: train, valid_seen, valid_unseen")
     add("--data", help="folder that holds json_2.1.1 (default: the run's)", metavar="DIR")
-    add("--temperature", type=float, help="sampling temperature (default: that of the run's evaluation)", metavar="X")
+    add("--temperature", type=a_temperature, help="sampling temperature (default: that of the run's evaluation)", metavar="X")
     add("--episodes-per-game", type=int, default=1, help="episodes a game, over actions", metavar="N")
     add("--seed", type=int, default=0, help="names all randomness")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -101,8 +101,8 @@ def main():
     run, asked = Path(args.run), {"actions": args.best_of, "episodes": args.best_of_episodes}
     if not any(asked.values()):
         asked["actions"] = [1, 2, 4, 8, 16, 32, 64]
-    if 0 in asked["actions"] + asked["episodes"] or args.episodes_per_game < 1 or args.seed < 0 or (args.temperature or 0) < 0:
-        raise UserError("--best-of, --best-of-episodes and --episodes-per-game are at least 1, --temperature and --seed at least 0")
+    if 0 in asked["actions"] + asked["episodes"] or args.episodes_per_game < 1 or args.seed < 0:
+        raise UserError("--best-of, --best-of-episodes and --episodes-per-game are at least 1, --seed at least 0")
     if not (run / "data.json").exists():
         raise UserError(f"{run}: no run of train.py there (data.json is missing)")
     pairs = pairs_of_run(run, args.policies)

@@ -28,7 +28,7 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 def imitation_loss(policy, h, ids, weights, total=None):
     """Weighted cross-entropy of the trunks' own tokens: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
 
-    total: the weight of the whole batch, where this is but a part of it.
+    total: what to divide by instead: the weight of the whole batch, or of an average one, where this is but a part of it.
     """
     row, place = weights[:, 1:].nonzero(as_tuple=True)  # place: of the token before
     losses = F.cross_entropy(policy.logits(h[row, place]), ids[row, place + 1], reduction="none")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import Parser, UserError, command_line, generator, pick_device, read_model, set_up_torch, write_json
+from common import Parser, UserError, a_temperature, command_line, generator, pick_device, read_model, set_up_torch, write_json
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import COMPLETE, game_flags, games_for, games_of_run, split_dev, write_games
@@ -175,6 +175,8 @@ def check(args):
         raise UserError("--json is for evaluations, not for --watch or --agent human")
     if searches and not args.prm:
         raise UserError(f"{searches[0]} needs --prm DIR")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json}: is a folder; name a file")
     if args.admissible and (args.best_of > 1 or args.beam):
         raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
     if args.engine == "both" and (args.watch or args.agent == "human"):
@@ -182,9 +184,18 @@ def check(args):
     if args.beam and args.engine != "fast":
         raise UserError("--beam needs a world that can be set back: --engine fast")
     if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps, *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
-            or min(args.temperature, args.seed, args.lookahead) < 0):
+            or min(args.seed, args.lookahead) < 0):
         raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
-                        "--lookahead, --temperature and --seed at least 0")
+                        "--lookahead and --seed at least 0")
+
+
+def searched(args):
+    """How the PRM helps, in words; "" where it does not."""
+    if args.best_of > 1:
+        return f", Best-of-{args.best_of}" + f" looking {args.lookahead} ahead" * bool(args.lookahead)
+    if args.beam:
+        return ", beam {}x{}".format(*args.beam)
+    return f", Best-of-{args.best_of_episodes} episodes" if args.best_of_episodes > 1 else ""
 
 
 def parse():
@@ -202,7 +213,7 @@ def parse():
         type=keep_by_expand, metavar="KxM")
     add(who, "--best-of-episodes", "play every episode N times and take the one of highest Q at its last action", type=int, default=1, metavar="N")
     add(who, "--watch", "play one game, that of --seed, and print it step by step: what else the policy proposes and, with --prm, Q", action="store_true")
-    add(who, "--temperature", "sampling temperature; 0 is greedy", type=float, default=0.3)
+    add(who, "--temperature", "sampling temperature; 0 is greedy", type=a_temperature, default=0.3, metavar="X")
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
     game_flags(what, "valid_seen")
@@ -246,7 +257,8 @@ def evaluation(args, games, policy=None, tokenizer=None, prm=None):
     """-> player(make_env) -> result of the `evaluate_*` that the flags ask for"""
     common = dict(max_steps=args.max_steps, seed=args.seed, episodes_per_game=args.episodes_per_game)
     if args.agent != "policy":
-        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", 1000)[0])[0]) if args.agent == "expert" else None
+        n = args.n_generated if args.split in ("dev", "train") else 1000  # the dev games are those left out of as many
+        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", n)[0])[0]) if args.agent == "expert" else None
         return lambda make_env: evaluate_scripted(args.agent, games, prior=prior, make_env=make_env, **common)
     common |= dict(temperature=args.temperature, slots=args.slots)
     if args.beam:
@@ -270,12 +282,12 @@ def main():
         episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
         print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
         return 0
-    start, agent = time.monotonic(), ()
+    start, agent, prm_used = time.monotonic(), (), False
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        searches = args.best_of > 1 or args.beam or args.best_of_episodes > 1
-        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if searches or args.watch and args.prm else None
+        prm_used = bool(searched(args) or args.watch and args.prm)
+        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if prm_used else None
         agent = policy, tokenizer, prm
     if args.watch:
         game = games[generator(args.seed, "watch").integers(len(games))]
@@ -287,11 +299,13 @@ def main():
     result = {"agent": args.agent, "split": args.split, **results[-1], "max_steps": args.max_steps,
               "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "lookahead": args.lookahead,
               "beam": args.beam and "{}x{}".format(*args.beam), "best_of_episodes": args.best_of_episodes, "admissible": args.admissible,
-              "policy": args.policy, "prm": args.prm, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
+              "policy": args.policy, "prm": args.prm if prm_used else None, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
               "episodes_per_game": args.episodes_per_game, "seed": args.seed, "seconds": round(time.monotonic() - start, 1)}
     if args.engine == "both":
         result["equal_episodes"] = sum(ours == theirs for ours, theirs in zip(*(r["episodes"] for r in results)))
-    print(f"agent {args.agent}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
+    if args.prm and not prm_used:
+        print("the PRM only chooses with --best-of N, --best-of-episodes N or --beam KxM: the policy played alone", file=sys.stderr)
+    print(f"agent {args.agent}{searched(args)}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
           f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
     print(*table(result), *remarks(result), sep="\n")
     if args.json:

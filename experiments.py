@@ -95,7 +95,10 @@ def train(folder, flags):
     else:
         command = [sys.executable, str(Path(__file__).with_name("train.py")), *words]
         print("$", shlex.join(command), flush=True)
-        if subprocess.run(command, stdout=2).returncode:
+        code = subprocess.run(command, stdout=2).returncode
+        if code == 2:
+            raise SystemExit(2)  # a mistake that train.py has told
+        if code:
             raise UserError(f"{folder}: the run did not finish; the same command goes on with it")
     return read_json(folder / "result.json")
 

@@ -148,7 +148,7 @@ def complaints(args, changed):
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
             ("--imitate-detours", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
-            ("--inverse-updates", "--algo inverseprm", inverse), ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
+            ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))
             yield f"{flag}{'' if x is True else f' {x}'} does nothing without {needs}"

@@ -45,7 +45,7 @@ def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False):
 
 
 def told_apart(f_expert, f_learner, gamma, hide_ends=False):
-    """The learned reward on episodes that it was not trained on: its mean on either side, and how often its sign is right (a coin: 0.5).
+    """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often its sign is right (a coin: 0.5).
 
     f_expert [(Trajectory, taught (T,), f (T,))], f_learner [(Trajectory, None, f)]. What follows is what was done, the expert's own next
     action too. -> {"expert", "learner": mean r, "accuracy"}; None where a side has no transition

@@ -21,7 +21,7 @@ from tree import Tree
 def bce_loss(f, q_hat, weight, total=None):
     """Soft binary cross-entropy of Q = sigmoid(f) against Q̂ (P1, eq. 2), each (s, a) by its weight; all arguments (N,). -> scalar
 
-    total: the weight of the whole batch, where this is but a part of it.
+    total: what to divide by instead: the weight of the whole batch, or of an average one, where this is but a part of it.
     """
     return (weight * F.binary_cross_entropy_with_logits(f, q_hat, reduction="none")).sum() / (weight.sum() if total is None else total)
 

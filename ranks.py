@@ -1,7 +1,7 @@
 """Several processes, one job: what `torchrun --nproc_per_node=N train.py …` needs. In a single process nothing here does anything.
 
 All ranks walk through the same stages with the same random numbers. They share out the shards of rollouts; of a training batch
-each takes every N-th sequence, divides its loss by what the whole batch weighs, and the gradients are summed: the same update as
+each takes every N-th sequence, divides its loss by what the whole batch weighs, or an average one, and the gradients are summed: the same update as
 that of one rank, up to rounding.
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import distributed as dist
 
 
-def join(folder):
-    """Meet the other ranks, if torchrun started this process. All but the first talk to a file in `folder`."""
+def join(folder, device):
+    """Meet the other ranks, if torchrun started this process, each on a GPU of its own unless `device` is "cpu". All but the first talk to a file in `folder`."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))  # of an evaluation, or a rank's shards

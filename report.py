@@ -80,7 +80,7 @@ def read_run(folder, sft_curve=None):
     records = {(int(file.parent.name[4:]), file.stem): read_json(file) for file in folder.glob("iter*/*.json")}
     evals = {(stage[5:], i): record for (i, stage), record in records.items() if stage.startswith("eval-")}
     if not {("dev", 0), ("dev", 1)} <= evals.keys():
-        raise UserError(f"{folder}: π_0 and π_1 are not evaluated yet (train.py with the same flags goes on)")
+        raise UserError(f"{folder}: π_0 and π_1 are not evaluated yet (train.py with the same flags goes on; a run of --iters 0 has no π_1)")
     rows = []
     for split, i in sorted((e for e in evals if (e[0], 0) in evals), key=lambda e: (e[0] != "dev", *e)):
         row = evals[split, i]

@@ -10,6 +10,7 @@ Before that come glances: single turns of the same demonstrations in which nothi
 "is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md).
 """
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import Parser, UserError, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
+from common import Parser, UserError, a_temperature, between, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
 from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
@@ -281,22 +282,22 @@ def main():
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
     game_flags(parser, "dev")
     parser.add_argument("--episodes-per-game", type=int, default=2, help="episodes a game")
-    parser.add_argument("--temperature", type=float, default=0.3, help="sampling temperature of the evaluation")
+    parser.add_argument("--temperature", type=a_temperature, metavar="X", default=0.3, help="sampling temperature of the evaluation")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="learning rate")
+    parser.add_argument("--lr", type=between(1e-12, 10), metavar="X", default=2.5e-3, help="learning rate")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
-    parser.add_argument("--mistakes", type=float, default=0.15, help="chance of a mistake at a step, shown but not taught")
-    parser.add_argument("--exchange", type=float, default=0.3, help="share of the demonstrations told of another thing than was wanted")
-    parser.add_argument("--detours", type=float, default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
-    parser.add_argument("--obs-weight", type=float, default=0.3, help="weight of observation tokens in the loss")
-    parser.add_argument("--seed", type=int, default=0, help="names all randomness")
+    parser.add_argument("--mistakes", type=between(0, 0.9), metavar="X", default=0.15, help="chance of a mistake at a step, shown but not taught")
+    parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3, help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
+    parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
+    parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
+    parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
     args = parser.parse_args()
     try:
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0 or not (0 <= args.exchange <= 1 and 0 <= args.detours <= 1):
-        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0, --exchange and --detours in 0 … 1")
+    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0:
+        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0")
     set_up_torch()
     train, _ = split_dev(games_for(args.games, args.data, "train", COMPLETE["train"])[0])
     test, source = games_for(args.games, args.data, args.split, COMPLETE["train"] if args.split == "dev" else 200)

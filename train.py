@@ -40,7 +40,7 @@ from tokenizer import Tokenizer, split_intro
 
 def main():
     args = parse_flags(doc=__doc__)
-    ranks.join(args.out)
+    ranks.join(args.out, args.device)
     set_up_torch(args.threads)
     run = Run(args)
     games = load_games(args, run)  # .train, .dev, .test {split: games}, .by_id

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import Muon, UserError, command_line, generator, key, optimise, orthogonalised, pad, pick_device, read_model, uniform, write_file, write_json
+from common import (Muon, UserError, command_line, generator, key, optimise, orthogonalised, pad, pick_device, read_model, save_model, set_up_torch, uniform, write_file,
+                    write_json)
 from tiny import random_model, tokenizer
 
 
@@ -80,6 +81,18 @@ def test_a_missing_model_or_device_is_named(tmp_path):
     with pytest.raises(UserError, match="--device tpu9"):
         pick_device("tpu9")
     assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--threads 0"):
+        set_up_torch(0)
+
+
+@pytest.mark.parametrize("name, damage", (("model.safetensors", lambda b: b[:len(b) // 2]), ("config.json", lambda b: b[:-9]), ("config.json", lambda b: b"{}"),
+                                          ("tokenizer.json", lambda b: b[:99])))
+def test_a_damaged_model_is_named(tmp_path, name, damage):
+    save_model(tmp_path, random_model(), tokenizer())
+    file = tmp_path / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{tmp_path}.*damaged"):
+        read_model(tmp_path)
 
 
 # --- one training loop -------------------------------------------------------------------------------------------------------------

@@ -317,3 +317,5 @@ def test_a_curve_is_not_trained_twice_nor_continued_with_other_flags(tmp_path, m
     assert told("--demos", "4", "--updates", "1").stdout.splitlines()[2] == first.stdout.splitlines()[2]
     assert (tmp_path / "4/policy/model.safetensors").stat().st_mtime_ns == trained
     assert_refused(told("--demos", "4", "--updates", "2"), "--updates 1 -> 2", "another --out")
+    for flag, value in (("--temperature", "-1"), ("--mistakes", "7"), ("--lr", "-1"), ("--seed", "-4"), ("--obs-weight", "nan"), ("--detours", "2"), ("--curve", "4,x"), ("--glances", "-1")):
+        assert_refused(told(flag, value), flag)
