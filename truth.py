@@ -109,6 +109,8 @@ def main():
     device, flags = pick_device(args.device), read_json(run / "config.json")["flags"]
     policy, tokenizer = read_model(run / f"iter{args.policy}/policy", device)
     folders = args.prm or sorted(f.parent for f in run.glob(f"iter{args.policy + 1}/prm*/config.json"))
+    if not folders:
+        raise UserError(f"{run}: no PRM of the rollouts of π_{args.policy} there; another --policy, or --prm DIR")
     prms = {str(folder): read_prm(folder, tokenizer, device, one_state=True) for folder in folders}
     settings = {"policy": args.policy, "states": args.states, "rollouts": args.rollouts, "seed": args.seed,
                 "gamma": flags["gamma"], "max_steps": flags["max_steps"], "temperature": flags["rollout_temperature"]}
