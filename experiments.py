@@ -4,7 +4,7 @@
     python experiments.py plain bt promise --seeds 0,1,2         # run what is missing, print the rows
     python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
 
-A run lives in runs/experiments/SEED/NAME, is resumed where it stopped, and can be opened with report.py and curves.py.
+A run lives in runs/experiments/SEED/NAME and is resumed where it stopped; report.py and curves.py open those that have an iteration.
 """
 
 import shlex

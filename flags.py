@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from common import Parser, UserError, read_json
+from common import Parser, UserError, a_temperature, read_json
 from env import TASK_TYPES
 from games import COMPLETE, GAMES
 
@@ -70,7 +70,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
-    add(g, "--rollout-temperature", 1.0, "sampling temperature of rollouts", low=0, high=100)
+    add(g, "--rollout-temperature", 1.0, "sampling temperature of rollouts; 0 is greedy", type=a_temperature, metavar="X")
     add(g, "--reset-frac", 0.0, "share of the rollouts that begin at a random state of a demonstration (Reset-50-50: 0.5)", metavar="P", low=0, high=1)
     add(g, "--steer", 0.0, "share of the rollouts that are told a strategy, which π_0 learns in as large a share of its lessons, demonstrated anew for each (0.5)", metavar="P", low=0, high=1)
     add(g, "--slots", None, "episodes in flight at once in a process (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
@@ -120,7 +120,7 @@ def parse_flags(argv=None, doc=None):
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, some twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference", low=0)
     g = parser.add_argument_group("evaluation")
-    add(g, "--eval-temperature", 0.3, "sampling temperature", low=0, high=100)
+    add(g, "--eval-temperature", 0.3, "sampling temperature; 0 is greedy", type=a_temperature, metavar="X")
     add(g, "--dev-episodes", 2, "episodes a dev game")
     add(g, "--episodes-per-game", 5, "episodes a test game")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):

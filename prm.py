@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import generator, optimise, pad
 from qestimate import pearson
-from ranks import mine, summed
+from ranks import everyones, mine, summed
 from tree import Tree
 
 
@@ -198,16 +198,16 @@ def sigmoid(f):
 
 @torch.no_grad()
 def score(prm, trajectories, batch=64, places=actions_of):
-    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t)."""
+    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t). Ranks share the batches."""
     order = np.argsort([len(t.ids) for t in trajectories], kind="stable")
-    out = [None] * len(trajectories)
-    for start in tqdm(range(0, len(order), batch), "score", unit="batch", leave=False, dynamic_ncols=True, disable=len(order) < 5000):  # minutes at full size
-        picked = order[start:start + batch]
+    chunks = mine([order[start:start + batch] for start in range(0, len(order), batch)])
+    f_of = {}
+    for picked in tqdm(chunks, "score", unit="batch", leave=False, dynamic_ncols=True, disable=len(order) < 5000):  # minutes at full size
         h = prm(pad([trajectories[i].ids for i in picked]).to(prm.cos.device))
         f = scores_at(prm, h, places([trajectories[i] for i in picked])).cpu().numpy()
-        for i, part in zip(picked, np.split(f, np.cumsum([len(trajectories[i]) for i in picked])[:-1])):
-            out[i] = part
-    return out
+        f_of.update(zip(picked.tolist(), np.split(f, np.cumsum([len(trajectories[i]) for i in picked])[:-1])))
+    f_of = {i: f for part in everyones(f_of) for i, f in part.items()}
+    return [f_of[i] for i in range(len(order))]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import Parser, UserError, a_temperature, between, command_line, generator, key, optimise, pad, read_json, save_model, set_up_torch, write_json
+from common import Parser, UserError, a_temperature, between, command_line, generator, key, optimise, pad, pick_device, read_json, save_model, set_up_torch, write_json
 from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
@@ -291,6 +291,7 @@ def main():
     parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
     parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     try:
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
@@ -299,15 +300,16 @@ def main():
     if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0:
         raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0")
     set_up_torch()
+    device = pick_device(args.device)
     train, _ = split_dev(games_for(args.games, args.data, "train", COMPLETE["train"])[0])
     test, source = games_for(args.games, args.data, args.split, COMPLETE["train"] if args.split == "dev" else 200)
     prior, rows = fit_prior(train), []
     tokenizer = train_tokenizer(train, prior, args.seed)
-    settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve")})
+    settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve", "device")})
     for demos in curve:
         folder = Path(args.out, f"{demos}")
         if not (folder / "eval.json").exists():
-            policy = untrained(Config(len(tokenizer)), args.seed)
+            policy = untrained(Config(len(tokenizer)), args.seed).to(device)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
                       mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")

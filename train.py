@@ -265,6 +265,9 @@ def objective(args, run, trajectories, labels, pairs):
     if args.curiosity:
         labels = [(np.minimum(1, q_hat + args.curiosity * np.sqrt(weight)), weight) for q_hat, weight in labels]  # weight: 1 / visits
     if args.prm_loss == "bt":
+        if not any(pairs):
+            print("warning: nowhere among the rollouts are two actions of one state more than --delta apart, so --prm-loss bt has nothing to compare; "
+                  "play more of each game (--min-games 250)", file=sys.stderr)
         return prefer(trajectories, pairs)
     if args.prm_loss == "promise-progress":
         targets = {"mc": lambda i, M: (labels[i][0], np.diff(labels[i][0], prepend=0)),

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command there is no conftest.py
 
+from common import command_line
 from env import TASK_TYPES, AlfworldEnv, Game
 from expert import Expert
 from gamefile import numbers
@@ -381,8 +382,8 @@ def main():
         print(difference)
     print(f"{len(published)} published, {len(generated)} generated and {len(odd)} odd games ({', '.join(f'{n} {t}' for t, n in types.items())}), "
           f"{sum(steps for _, steps, _ in results):,} steps: {len(differences) or 'no'} differences from alfworld {alfworld_version()}")
-    return bool(differences)
+    sys.exit(bool(differences))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line(main)

@@ -277,6 +277,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     before = read_model(folder / "iter1/prm", head="score")[0].state_dict()
     done = in_process(train_main, read(folder / "config.json")["words"], monkeypatch, capsys)
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
+    assert ("nothing to compare" in done.stderr) == ("bt" in flags)  # nothing is won so early
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
     assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == (not {"bt", "inverseprm"} & set(flags))
     by_gap = list(told["expert_preferred"].pop("by_gap").values())
