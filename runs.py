@@ -12,8 +12,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,27 @@ class Stage:
             self.run.write_metrics()
 
 
+BEAT = 30.0  # seconds between two notes of what a stage has cost so far
+
+
+@contextmanager
+def every(seconds, note):
+    """Call `note` every so many seconds, beside what is done meanwhile."""
+    over = threading.Event()
+
+    def beat():
+        while not over.wait(seconds):
+            note()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class Run:
     def __init__(self, args):
         self.path, self.device = Path(args.out), pick_device(args.device)
@@ -104,22 +126,27 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings but killed ones, and the most memory is kept
-        that this process has held until then, with its workers'; of several ranks, which begin and end it together, the sums (of an interrupted stage the first one's)."""
-        stage, costs = Stage(self, name), None
+        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory is kept that this process has held until then, with
+        its workers'; of several ranks, which begin and end it together, the sums. A killed sitting counts up to its last BEAT, each rank like the first one, workers not."""
+        stage, file = Stage(self, name), self.path / "state.json"
+        before = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
+
+        def note(costs=None):
+            """Write what the stage has cost: in earlier sittings, and in this one so far; costs: of each rank, where they have told one another."""
+            core_seconds, memory = map(sum, zip(*(costs or [stage.cost()] * ranks())))
+            added = {kind: {**before[kind], name: round(before[kind].get(name, 0) + spent, 2)}
+                     for kind, spent in (("seconds", time.monotonic() - stage.start), ("core_seconds", core_seconds))}
+            peak = {**before["peak_mb"], name: max(before["peak_mb"].get(name, 0), round(memory / 1e6))}
+            write_json(file, {**before, **added, "peak_mb": peak, "last": name if stage.record.exists() else before["last"]})
+
+        counted, costs = not stage.done and rank() == 0, None
         try:
-            yield stage
-            costs = everyones(stage.cost())
+            with every(BEAT, note) if counted else nullcontext():
+                yield stage
+                costs = everyones(stage.cost())
         finally:
-            if not stage.done and rank() == 0:
-                file = self.path / "state.json"
-                state = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
-                core_seconds, memory = map(sum, zip(*(costs or [stage.cost()])))
-                for kind, spent in (("seconds", time.monotonic() - stage.start), ("core_seconds", core_seconds)):
-                    state[kind][name] = round(state[kind].get(name, 0) + spent, 2)
-                state["peak_mb"][name] = max(state["peak_mb"].get(name, 0), round(memory / 1e6))
-                state["last"] = name if stage.record.exists() else state["last"]
-                write_json(file, state)
+            if counted:
+                note(costs)
 
     def records(self):
         """All finished stages' records, in order of iteration and name."""

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, read_model, save_model, write_json
+from common import UserError, read_model, save_model, write_file, write_json
 from figures import figures_of
 from flags import episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from report import read_run
-from runs import load_games, settle_flags
+from runs import Run, load_games, settle_flags
 from shards import load_trajectories, play_shards, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
@@ -358,6 +359,34 @@ def test_whatever_is_missing_is_made_again_and_equal(run, lost, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     finish(folder, TINY)
     assert differences(run[0], folder) == []
+
+
+def test_a_killed_sitting_counts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("runs.BEAT", 0.05)
+    run = Run(SimpleNamespace(out=str(tmp_path), device="cpu"))
+    spent = lambda: read(tmp_path / "state.json")
+
+    def told(stage, seconds):
+        """What is told of a stage before it has ended, all that a killed one leaves."""
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "state.json").exists() or spent()["seconds"].get(stage, 0) < seconds:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return (tmp_path / "state.json").read_text()
+
+    with run.stage("iter0/sft"):
+        killed = told("iter0/sft", 0.5)
+    write_file(tmp_path / "state.json", lambda p: p.write_text(killed))
+    before = spent()
+    with run.stage("iter0/sft") as stage:
+        told("iter0/sft", before["seconds"]["iter0/sft"] + 0.5)
+        stage.finish({})
+    after = spent()
+    assert before["last"] is None and after["last"] == "iter0/sft"
+    assert after["seconds"]["iter0/sft"] >= before["seconds"]["iter0/sft"] + 0.5 and after["core_seconds"]["iter0/sft"] >= before["core_seconds"]["iter0/sft"] > 0
+    with run.stage("iter0/sft") as stage:
+        assert stage.done
+    assert spent() == after
 
 
 def test_a_run_killed_between_a_stages_record_and_its_tidying_up_ends_as_an_undisturbed_one(run, tmp_path):
