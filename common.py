@@ -271,16 +271,18 @@ def optimisers(model, lr, weight_decay=0.01):
     return Muon(matrices, lr, weight_decay), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, save_every=10.0, logs=20, watch=None):
+def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, averaged=0.0, save_every=10.0, logs=20, watch=None):
     """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: (sum, count)}). -> log
 
-    Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. `loss_of` must depend on
+    Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. The weights it ends with are the last ones, or their mean after each of
+    the last updates, the fraction `averaged` of them (Polyak and Juditsky 1992): a policy wins two to five points more by it (LOG.md). `loss_of` must depend on
     nothing but the step and the weights: then a run killed and continued from the file `state` (written every `save_every`
     seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With
     several ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
     """
     optimizers = optimisers(model, lr)
-    step, log, sums = _load_state(state, model, optimizers)
+    mean, first = [p.detach().clone() for p in model.parameters()], int((1 - averaged) * steps)  # the mean is of the weights after that many updates
+    step, log, sums = _load_state(state, model, optimizers, mean)
     sums = {} if rank() else sums
     saved = time.monotonic()
     stretch = max(1, steps // logs)
@@ -299,6 +301,8 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, s
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
                 for optimizer in optimizers:
                     optimizer.step()
+            for m, p in zip(mean, model.parameters()):
+                m.lerp_(p.detach(), 1 / max(1, step - first))
             bar.update()
             sums = _add_up([sums, metrics])
             if step % stretch == 0 or step == steps:
@@ -310,8 +314,11 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, s
                 sums = {}
                 if rank() == 0:
                     sums = everything
-                    _save_state(state, model, optimizers, step, log, sums)
+                    _save_state(state, model, optimizers, mean, step, log, sums)
                 saved = time.monotonic()
+    with torch.no_grad():
+        for m, p in zip(mean, model.parameters()):
+            p.copy_(m)
     model.eval()
     return log
 
@@ -326,9 +333,10 @@ def _add_up(parts):
     return out
 
 
-def _save_state(path, model, optimizers, step, log, sums):
+def _save_state(path, model, optimizers, mean, step, log, sums):
     tensors = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
+    for m, (name, p) in zip(mean, model.named_parameters()):
+        tensors[f"mean {name}"] = m
         for optimizer in optimizers:
             for k, v in optimizer.state.get(p, {}).items():
                 tensors[f"{k} {name}"] = v.contiguous()
@@ -336,8 +344,8 @@ def _save_state(path, model, optimizers, step, log, sums):
     write_file(path, lambda temporary: save_file(tensors, str(temporary), metadata=metadata))
 
 
-def _load_state(path, model, optimizers):
-    """-> (step, log, sums) of an interrupted training, its weights and moments loaded; (0, [], {}) without one."""
+def _load_state(path, model, optimizers, mean):
+    """-> (step, log, sums) of an interrupted training, its weights, their mean and moments loaded; (0, [], {}) without one."""
     if not Path(path).exists():
         return 0, [], {}
     with safe_open(str(path), "pt") as f, torch.no_grad():
@@ -347,8 +355,9 @@ def _load_state(path, model, optimizers):
             stored.setdefault(name, {})[kind] = f.get_tensor(full)
         progress = json.loads(f.metadata()["progress"])
         owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-        for name, p in model.named_parameters():
+        for m, (name, p) in zip(mean, model.named_parameters()):
             p.copy_(stored[name].pop("weight"))
+            m.copy_(stored[name].pop("mean"))
             if stored[name]:
                 owner[id(p)].state[p] = {k: v.to(p.device) for k, v in stored[name].items()}
     return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}

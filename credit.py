@@ -90,14 +90,14 @@ def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
     return [no_setback(t, V, gamma) for t, V in zip(trajectories, values)]
 
 
-def imitated(trajectory, gain, obs_weight):
-    """How much each token of a rollout is imitated, (L,) float32.
+def imitated(trajectory, gain, obs_weight, unlearn=0.0):
+    """How much each token of a rollout is imitated, (L,) float32; less than nothing: how much the action it belongs to is to be unlearned.
 
-    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions.
+    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions, and one that the world did not accept −`unlearn`.
     """
     weights = np.zeros(len(trajectory.ids), np.float32)
-    gain = gain * ~trajectory.inadmissible
+    gain = np.where(trajectory.inadmissible, 0, gain)
     weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
-    for (start, end), weight in zip(trajectory.spans, gain):
+    for (start, end), weight in zip(trajectory.spans, np.where(trajectory.inadmissible, -unlearn, gain)):
         weights[start:end] = weight
     return weights

@@ -25,14 +25,30 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
 
 
-def imitation_loss(policy, h, ids, weights, total=None):
-    """Weighted cross-entropy of the trunks' own tokens: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
+def unlikelihood(logprobs, slack=0.05):
+    """−log(1 − π(a|s) + slack), of an action that one should not do again (Welleck et al. 2020, eq. 4, of whole actions: most tokens of a wrong one are right).
 
-    total: what to divide by instead: the weight of the whole batch, or of an average one, where this is but a part of it.
+    logprobs (N,): log π(a|s), summed over an action's tokens. Slack bounds the gradient where an action is as good as certain. -> (N,)
+    """
+    return -torch.log1p(slack - logprobs.exp())
+
+
+def imitation_loss(policy, h, ids, weights, total=None):
+    """Weighted cross-entropy of the trunks' own tokens, and `unlikelihood` of actions whose tokens weigh less than nothing: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
+
+    total: what to divide by instead of the tokens' weight: that of the whole batch, or of an average one, where this is but a part of it.
     """
     row, place = weights[:, 1:].nonzero(as_tuple=True)  # place: of the token before
+    weight = weights[row, place + 1]  # (N,)
     losses = F.cross_entropy(policy.logits(h[row, place]), ids[row, place + 1], reduction="none")
-    return (losses * weights[row, place + 1]).sum() / (weights[:, 1:].sum() if total is None else total)
+    loss, wrong = (losses * weight.clamp(min=0)).sum(), weight < 0
+    if wrong.any():
+        row, place = row[wrong], place[wrong]
+        begins = torch.cat([row.new_ones(1), (row.diff() != 0) | (place.diff() != 1)])  # an action's tokens are side by side, and between two actions is an answer
+        action = begins.cumsum(0) - 1
+        logprobs = losses.new_zeros(int(begins.sum())).index_add(0, action, -losses[wrong])
+        loss = loss - (weight[wrong][begins.bool()] * unlikelihood(logprobs)).sum()
+    return loss / (weights[:, 1:].abs().sum() if total is None else total)
 
 
 def as_it_was(trajectory, weights, rng):
@@ -47,7 +63,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
-    (credit.py); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
+    (credit.py; less than nothing: are unlearned); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
     `sft.teller`, afterwards. `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
@@ -56,7 +72,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     visited = np.unique(np.concatenate(plan))
     worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
     # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more
-    length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([w[1:].sum() for w in worth_of.values()] or [0.0])
+    length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([np.abs(w[1:]).sum() for w in worth_of.values()] or [0.0])
 
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
@@ -91,7 +107,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
         states = [(b, int(starts[b][k])) for b in range(len(picked)) for k in at[b]]
         branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
         stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)  # states: of a long trajectory as few are drawn as of a short one
-        taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated
+        taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated, or unlearned in part
         if not branches and not taught:
             return None, metrics
         cut = Tree(ids, branches, device) if branches else None
@@ -113,4 +129,4 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
             loss = imitate * likelihood + (0 if loss is None else loss)
         return loss, metrics
 
-    return optimise(policy, loss_of, steps, lr, state, name, watch=watch)
+    return optimise(policy, loss_of, steps, lr, state, name, averaged=0.5, watch=watch)

@@ -40,6 +40,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
     "without-detours": "--detours 0 --imitate-detours 0",
+    "without-unlearning": "--unlearn 0",
     "few-detours": "--imitate-detours 0",  # in demonstrations alone
     "last-states": "--iters 3 --states-of last",
     "longer-sft": "--iters 0 --sft-updates 2281",  # as many updates more as one iteration has

@@ -117,6 +117,7 @@ def parse_flags(argv=None, doc=None):
         "expected (self-imitation); progress: what raised the PRM's value, won or not; all: every admissible action alike, a control (default: win; inverseprm imitates what its reward "
         "takes for the expert's)", choices=("win", "surplus", "progress", "all"))
     add(g, "--imitate-detours", 1.0, "share of what is imitated that is told with a walk that leads nowhere, as demonstrations are by --detours", metavar="P", low=0, high=1)
+    add(g, "--unlearn", 1.0, "weight, beside what is imitated, of unlearning what the world did not accept, in all rollouts: −log(1 − π(a|s)); 0: none", low=0)
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, some twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference", low=0)
     g = parser.add_argument_group("evaluation")
@@ -147,7 +148,7 @@ def complaints(args, changed):
             ("--hide-ends", "--algo inverseprm", inverse), ("--targets", "--prm-loss promise-progress", promise),
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
-            ("--imitate-detours", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
+            ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
             ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))

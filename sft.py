@@ -268,7 +268,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         right = (logits.argmax(-1) == targets)[weights == 1]
         return loss, {"loss": summed(loss.detach()), "accuracy": (right.sum(), right.numel())}
 
-    return optimise(policy, loss_of, steps, lr, state, name)
+    return optimise(policy, loss_of, steps, lr, state, name, averaged=0.5)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------

@@ -306,9 +306,9 @@ def improve(args, run, games, i, trajectories):
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
 
         def weigh(some):
-            """What of the rollouts is imitated, token by token."""
+            """What of the rollouts is imitated, and unlearned, token by token."""
             gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends)
-            return [imitated(t, gain, args.obs_weight) for t, gain in zip(some, gains)]
+            return [imitated(t, gain, args.obs_weight, args.unlearn) for t, gain in zip(some, gains)]
 
         def stray(t, weights, rng):
             """A share of what is imitated is told with a detour."""

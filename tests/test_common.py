@@ -167,6 +167,21 @@ def test_gradients_are_clipped_and_the_rate_follows_the_plan(tmp_path):
     assert rates[-1] == pytest.approx(1e-3, rel=0.2)
 
 
+@pytest.mark.parametrize("averaged, first", ((1.0, 0), (0.5, 15), (0.0, 29)))
+def test_training_ends_with_the_mean_of_its_last_weights(averaged, first, tmp_path):
+    model, after = random_model(), []
+    weights = lambda: torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+    def loss_of(step):
+        ids = torch.from_numpy(generator("data", step).integers(len(tokenizer()), size=(2, 12)))
+        return model.logits(model(ids)).logsumexp(-1).mean(), {}
+
+    optimise(model, loss_of, 30, 3e-3, tmp_path / "state", "test", averaged=averaged, logs=30, watch=lambda: after.append(weights()) or {})
+    assert len(after) == 30
+    torch.testing.assert_close(weights(), torch.stack(after[first:]).mean(0), atol=1e-6, rtol=1e-5)
+    assert (weights() - after[-1]).norm() > 1e-3 or first == 29
+
+
 # --- Muon ----------------------------------------------------------------------------------------------------------------------
 
 def test_muon_moves_as_torchs_does():

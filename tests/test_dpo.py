@@ -10,7 +10,7 @@ import torch
 import dpo
 from common import pad, save_model
 from credit import SETBACK, better_than_expected, imitated, like_the_expert, no_setback, progress, worth
-from dpo import dpo_loss, imitation_loss, online_dpo
+from dpo import dpo_loss, imitation_loss, online_dpo, unlikelihood
 from qestimate import returns
 from sft import sft_loss
 from tiny import tell, expert_trajectories, played, random_model, some_branches, taught, tokenizer
@@ -256,6 +256,38 @@ def test_the_imitation_loss_is_sfts_with_branches_or_without():
     expected = sft_loss(model.logits(model(ids)[:, :-1]), ids[:, 1:], w[:, 1:])
     for tree in (Tree(trunks, branches, whole=range(len(trunks))), Tree(trunks, [], whole=range(len(trunks)))):
         torch.testing.assert_close(imitation_loss(model, tree.hidden(model), tree.ids, w), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_actions_that_weigh_less_than_nothing_are_unlearned_whole():
+    """Action by action: −log(1 − π(a|s) + 0.05), beside the likelihood of the rest."""
+    model, some, rng = random_model(scale=0.05), played()[:6], np.random.default_rng(0)
+    trunks = [t.ids.astype(np.int64) for t in some]
+    gains = [rng.choice([-2.0, -0.5, 0.0, 1.0], len(t)) for t in some]
+    rows = [np.zeros(len(t.ids), np.float32) for t in some]
+    for row, t, gain in zip(rows, some, gains):
+        for (start, end), g in zip(t.spans, gain):
+            row[start:end] = g
+    w = pad(rows, dtype=torch.float32)
+    tree, p = Tree(trunks, [], whole=range(len(some))), []
+    for t, trunk in zip(some, trunks):
+        logp = model.logits(model(torch.from_numpy(trunk)[None]))[0].log_softmax(-1)
+        p += [torch.stack([logp[place - 1, trunk[place]] for place in range(start, end)]).sum().exp() for start, end in t.spans]
+    p, g = torch.stack(p), torch.from_numpy(np.concatenate(gains))
+    expected = -(g * torch.where(g > 0, p.log(), 0)).sum() + (g.clamp(max=0) * torch.log(1 - p + 0.05)).sum()
+    assert (g < 0).sum() > 10 < (g > 0).sum()
+    torch.testing.assert_close(imitation_loss(model, tree.hidden(model), tree.ids, w, total=7.0).double(), expected / 7, atol=1e-4, rtol=1e-4)
+    certain = unlikelihood(torch.tensor([0.0, -1e-3, -1.0, -50.0]))
+    assert certain.isfinite().all() and (certain.diff() < 0).all()
+
+
+def test_what_the_world_did_not_accept_is_unlearned_in_every_rollout():
+    seen = set()
+    for t in played():
+        weights = imitated(t, np.ones(len(t)), 0.3, unlearn=0.7)
+        assert [weights[s] for s, _ in t.spans] == pytest.approx([-0.7 if wrong else 1 for wrong in t.inadmissible])
+        assert (imitated(t, np.ones(len(t)), 0.3).clip(0) == weights.clip(0)).all()  # of the rest, and of the answers, as much as without
+        seen |= set(t.inadmissible)
+    assert seen == {True, False}
 
 
 def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
