@@ -165,6 +165,15 @@ def test_dpo_visits_the_states_of_all_rollouts_so_far_or_of_the_last(run, whose,
     assert [t.ids.tolist() for t in trajectories[-24:]] == last
 
 
+@pytest.mark.parametrize("unlearn", ("0", "0.7"))
+def test_stage_3_unlearns_what_the_world_did_not_accept(run, unlearn, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path, "--unlearn", unlearn)
+    *_, options = capture(monkeypatch, folder, "iter1/dpo", "online_dpo")
+    trajectories = [t for file in sorted((folder / "iter1/rollouts").iterdir()) for t in load_trajectories(file)]
+    wrong = [weights[start] for t, weights in zip(trajectories, options["weigh"](trajectories)) for (start, _), bad in zip(t.spans, t.inadmissible) if bad]
+    assert len(wrong) > 5 and wrong == pytest.approx([-float(unlearn)] * len(wrong))
+
+
 def test_half_of_the_rollouts_begin_in_demonstrations(run, tmp_path, monkeypatch):
     folder = copy_of(run, tmp_path, "--reset-frac", "0.5")
     shutil.rmtree(folder / "iter2/rollouts")
@@ -446,6 +455,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--prm-loss", "promise-progress", "--gae-lambda", "0.5"), ("--gae-lambda 0.5", "--targets")),
     (("--imitate", "0", "--imitate-by", "progress"), ("--imitate-by progress", "--imitate")),
     (("--imitate", "0", "--imitate-detours", "0.5"), ("--imitate-detours 0.5", "--imitate")),
+    (("--imitate", "0", "--unlearn", "2"), ("--unlearn 2", "--imitate")),
     (("--progress-weight", "3"), ("--progress-weight 3", "promise-progress")),
     (("--algo", "inverseprm", "--prm-epochs", "3"), ("--prm-epochs 3", "agentprm")),
     (("--checks", "0", "--check-batch", "3"), ("--check-batch 3", "--checks")),
