@@ -260,7 +260,7 @@ def orthogonalised(matrices, iterations=5):
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def optimisers(model, lr, weight_decay=0.01):
+def optimisers(model, lr, weight_decay):
     """Muon for the matrices inside the layers, AdamW for the rest (embedding, norms, head), at one learning rate.
 
     In-context copying, the bottleneck of SFT here, is learned in about half the updates of AdamW alone (LOG.md).
@@ -271,7 +271,7 @@ def optimisers(model, lr, weight_decay=0.01):
     return Muon(matrices, lr, weight_decay), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, averaged=0.0, save_every=10.0, logs=20, watch=None):
+def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, weight_decay=0.01, averaged=0.0, save_every=10.0, logs=20, watch=None):
     """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: (sum, count)}). -> log
 
     Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. The weights it ends with are the last ones, or their mean after each of
@@ -280,7 +280,7 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, a
     seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With
     several ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
     """
-    optimizers = optimisers(model, lr)
+    optimizers = optimisers(model, lr, weight_decay)
     mean, first = [p.detach().clone() for p in model.parameters()], int((1 - averaged) * steps)  # the mean is of the weights after that many updates
     step, log, sums = _load_state(state, model, optimizers, mean)
     sums = {} if rank() else sums

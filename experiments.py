@@ -39,6 +39,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     "surplus": "--imitate-by surplus",
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
+    "little-decay": "--sft-weight-decay 0.01",
     "without-detours": "--detours 0 --imitate-detours 0",
     "without-unlearning": "--unlearn 0",
     "few-detours": "--imitate-detours 0",  # in demonstrations alone
@@ -77,7 +78,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "without-exchange", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OWN_POLICY = ("plain", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds

@@ -68,6 +68,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--detours", 0.5, "share of the demonstrations told with a walk that leads nowhere before one of their actions, shown and not taught", metavar="P", low=0, high=1)
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss, and in what stage 3 imitates", low=0, high=10)
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
+    add(g, "--sft-weight-decay", 0.5, "weight decay: the few demonstrations are told again and again, and would be learned by heart", low=0, high=10)
     add(g, "--sft-batch", 16, "demonstrations an update")
     g = parser.add_argument_group("stage 1: rollouts and labels")
     add(g, "--rollout-temperature", 1.0, "sampling temperature of rollouts; 0 is greedy", type=a_temperature, metavar="X")

@@ -238,7 +238,7 @@ def untrained(config, seed):
 
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
-              exchange=0.0, detours=0.0, steer=0.0, noise=0.0, name="SFT"):
+              exchange=0.0, detours=0.0, steer=0.0, noise=0.0, weight_decay=0.01, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
@@ -268,7 +268,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         right = (logits.argmax(-1) == targets)[weights == 1]
         return loss, {"loss": summed(loss.detach()), "accuracy": (right.sum(), right.numel())}
 
-    return optimise(policy, loss_of, steps, lr, state, name, averaged=0.5)
+    return optimise(policy, loss_of, steps, lr, state, name, weight_decay=weight_decay, averaged=0.5)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------
@@ -285,6 +285,7 @@ def main():
     parser.add_argument("--temperature", type=a_temperature, metavar="X", default=0.3, help="sampling temperature of the evaluation")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
     parser.add_argument("--lr", type=between(1e-12, 10), metavar="X", default=2.5e-3, help="learning rate")
+    parser.add_argument("--weight-decay", type=between(0, 10), metavar="X", default=0.5, help="weight decay: the few demonstrations are told again and again, and would be learned by heart")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
     parser.add_argument("--mistakes", type=between(0, 0.9), metavar="X", default=0.15, help="chance of a mistake at a step, shown but not taught")
     parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3, help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
@@ -311,7 +312,7 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed).to(device)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours,
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, weight_decay=args.weight_decay,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,
