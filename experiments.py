@@ -5,9 +5,11 @@
     python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
 
 A run lives in runs/experiments/SEED/NAME and is resumed where it stopped; report.py and curves.py open those that have an iteration.
+What it has in common with the plain run, it takes from there: π_0 and, of iteration 1, what no flag of its own changes.
 """
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000; {home
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
 OWN_POLICY = ("plain", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OF_STAGE_2 = {*"algo inverse_updates hide_ends prm_loss targets gamma state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
+OF_STAGE_3 = {*"ref pairs proposals dpo_lr imitate imitate_by imitate_detours unlearn states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
@@ -110,10 +114,26 @@ def ablation(args, name, seed):
     home = args.out / str(seed)
     flags = f"--iters 1 --rollouts {args.rollouts} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
     if name not in OWN_POLICY:
-        start = ablation(args, "steer" if name == "unsteered" else "plain", seed) / "iter0/policy"
-        flags += f" --init {shlex.quote(str(start))}"
+        start = ablation(args, "steer" if name == "unsteered" else "plain", seed)
+        flags += f" --init {shlex.quote(str(start / 'iter0/policy'))}"
+        share(home / name, flags, start)
     train(home / name, flags)
     return home / name
+
+
+def in_common(flags, others):
+    """The stages of iteration 1 that two runs from one π_0 do alike, by their parsed flags: rollouts and checks, or with the PRM, or none."""
+    differ = {flag for flag in others if flags.get(flag) != others[flag]} - {"iters", "out", "init"}
+    return [] if differ - OF_STAGE_2 - OF_STAGE_3 else ["rollouts", "checks"] if differ & OF_STAGE_2 else ["rollouts", "checks", "prm"]
+
+
+def share(folder, flags, start):
+    """Copy what the run with these flags has in common with that of its π_0, whose folder is `start`, to where train.py looks for its own work."""
+    for stage in in_common(vars(parse_flags(shlex.split(flags))), read_json(start / "config.json")["flags"]):
+        done, ours = start / f"iter1/{stage}.json", folder / f"iter1/{stage}.json"
+        if done.exists() and not ours.exists():
+            shutil.copytree(done.with_suffix(""), ours.with_suffix(""), dirs_exist_ok=True)
+            shutil.copy(done, ours)  # last: it says that the stage is done
 
 
 def spread(values, scale=100, digits=1):

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import experiments
 from common import UserError
-from experiments import ABLATIONS, FIRST, OWN_POLICY, divergence, row, spread
+from experiments import ABLATIONS, FIRST, OF_STAGE_2, OF_STAGE_3, OWN_POLICY, divergence, in_common, row, spread
 from flags import parse_flags
 from tiny import assert_refused, in_process, played, random_model
 
@@ -51,6 +52,29 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
     assert (flags.shape_with == str(tmp_path / "7/plain/iter3")) == ("shape" in name)
     own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
     assert own or name in ("plain", "unsteered")  # it differs from the plain run in something
+
+
+@pytest.mark.parametrize("name, common", (("without-unlearning", ["rollouts", "checks", "prm"]), ("world", ["rollouts", "checks"]), ("inverse", ["rollouts", "checks"]), ("dpo-wide", ["rollouts", "checks", "prm"]),
+                                          ("labels-forks", []), ("reset", []), ("dpo-wide-many", []), ("as-published", []), ("unsteered", [])))
+def test_what_an_ablation_has_in_common_with_the_run_of_its_policy(monkeypatch, tmp_path, name, common):
+    (_, others), (_, flags) = runs_of(monkeypatch, tmp_path, name)
+    assert in_common(vars(flags), vars(others)) == common
+
+
+def test_flags_of_the_stages_are_flags():
+    assert OF_STAGE_2 | OF_STAGE_3 <= vars(parse_flags([])).keys() and not OF_STAGE_2 & OF_STAGE_3
+
+
+def test_a_shared_run_equals_one_on_its_own(folder):
+    args = SimpleNamespace(out=folder, rollouts=24, flags=SMALL)
+    for name in ("without-unlearning", "promise"):
+        shared, own = experiments.ablation(args, name, 0), folder / f"own-{name}"
+        experiments.train(own, f"--iters 1 --rollouts 24 {SMALL} {ABLATIONS[name]} --init {folder}/0/plain/iter0/policy")
+        cost = json.loads((shared / "state.json").read_text())["seconds"]
+        assert "iter1/rollouts" not in cost and ("iter1/prm" in cost) == (name == "promise")  # what is shared was not done again
+        for kind in ("prm", "policy"):
+            ours, theirs = (load_file(run / f"iter1/{kind}/model.safetensors") for run in (shared, own))
+            assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
