@@ -8,7 +8,7 @@ behind it as it was, so this asks for no further demonstration or rollout; only 
 import numpy as np
 
 from env import AlfworldEnv
-from expert import names, parse_task
+from expert import base, names, parse_task
 from tokenizer import split_intro
 
 PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
@@ -18,7 +18,7 @@ def detour(game, actions, answers, ways, rng):
     """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers. -> (that number, [(action, answer), …]) or None
 
     The walk is among places that the episode does not go to from there on, or has been to. One that comes upon the wanted thing is not told, for then
-    taking it would be right, nor one after which the world answers otherwise.
+    taking it would be right, nor one that ends where the thing could be put as well, nor one after which the world answers otherwise.
     """
     if not ways:
         return None
@@ -30,9 +30,12 @@ def detour(game, actions, answers, ways, rng):
         return None
     among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
     walk = [str(among[rng.integers(len(among))]) for _ in range(rng.integers(1, WALK + 1))]
+    task = parse_task(task)
+    if base(walk[-1].removeprefix("go to ")) == base(actions[k].removeprefix("go to ")) == task.place:
+        return None
     seen = replay(game, [*actions[:k], *walk, *actions[k:]])
     before, on_it, after = np.split(np.array(seen, object), [k, k + len(walk)])
-    found = any(f" {parse_task(task).object} " in answer and way not in been for way, answer in zip(walk, on_it))
+    found = any(f" {task.object} " in answer and way not in been for way, answer in zip(walk, on_it))
     return None if found or [*before, *after] != list(answers) else (k, list(zip(walk, on_it)))
 
 

@@ -57,21 +57,22 @@ def as_it_was(trajectory, weights, rng):
 
 
 def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs, beta, lr, temperature, seed, state, proposals=2,
-               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, stray=as_it_was, watch=None, name="DPO"):
+               trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, stray=as_it_was, averaged=0.5, watch=None, name="DPO"):
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
     paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
     (credit.py; less than nothing: are unlearned); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
-    `sft.teller`, afterwards. `watch`: as in `optimise`.
+    `sft.teller`, afterwards. `averaged`, `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
     plan = [picked for _, picked in zip(range(steps), batches(len(trajectories), trunks, generator(seed, "drawn")))]
     visited = np.unique(np.concatenate(plan))
     worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
-    # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more
+    # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more. What is to be unlearned weighs
+    # as much as what is imitated, so the more of it there is, the less a token of either kind counts
     length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([np.abs(w[1:]).sum() for w in worth_of.values()] or [0.0])
 
     def preferences(step, ids, states, numbers, metrics):
@@ -129,4 +130,4 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
             loss = imitate * likelihood + (0 if loss is None else loss)
         return loss, metrics
 
-    return optimise(policy, loss_of, steps, lr, state, name, averaged=0.5, watch=watch)
+    return optimise(policy, loss_of, steps, lr, state, name, averaged=averaged, watch=watch)

@@ -119,6 +119,7 @@ def parse_flags(argv=None, doc=None):
         "takes for the expert's)", choices=("win", "surplus", "progress", "all"))
     add(g, "--imitate-detours", 1.0, "share of what is imitated that is told with a walk that leads nowhere, as demonstrations are by --detours", metavar="P", low=0, high=1)
     add(g, "--unlearn", 1.0, "weight, beside what is imitated, of unlearning what the world did not accept, in all rollouts: −log(1 − π(a|s)); 0: none", low=0)
+    add(g, "--average", 0.5, "share of the updates, the last ones, whose weights' mean is the new policy; 0: the last weights (the paper)", metavar="P", low=0, high=1)
     g.add_argument("--track-hacking", action="store_true", help="log the PRM's score beside true success on dev, some twenty times an iteration")
     add(g, "--min-gap", 0.02, "smallest difference of Q (of f, where the PRM compares actions of one state only) that makes a preference", low=0)
     g = parser.add_argument_group("evaluation")

@@ -228,14 +228,15 @@ def share_right(gaps):
     return float((gaps > 0).mean()) if len(gaps) else None
 
 
-def report(prm, trajectories, labels, table, pairs, bins=10):
+def report(prm, trajectories, labels, table, pairs, bins=10, ranks_alone=False):
     """How good is Q on trajectories it has not seen? Loss above the labels' entropy, calibration, correlation with returns.
 
     Calibration is against discounted returns: `calibration` lists (mean Q, mean return, actions) by bins of Q; `ece` is the mean
-    gap between the two, weighted by actions. `pair_accuracy`: on `pairs` as from `preference_pairs`, all that a relative PRM is asked.
+    gap between the two, weighted by actions. `pair_accuracy`: on `pairs` as from `preference_pairs`, all that is asked of a
+    relative PRM, and with `ranks_alone` of one whose labels are no returns.
     """
     right = {"pair_accuracy": share_right(pair_gaps(prm, trajectories, pairs)), "pairs": sum(map(len, pairs))}
-    if prm.config.head == "relative":
+    if prm.config.head == "relative" or ranks_alone:
         return right
     f = torch.from_numpy(np.concatenate(score(prm, trajectories)))
     q_hat, weight = (torch.from_numpy(np.concatenate([l[k] for l in labels])) for k in (0, 1))

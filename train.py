@@ -171,11 +171,13 @@ def rollouts_in(folder, name="rollouts"):
     return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
 
 
-def held_out(args, trajectories, i):
-    """Task folders of the rollouts, of which no PRM of the iteration sees a rollout, or in its own lessons a demonstration: a share of --held-out, at least one."""
-    folders = sorted({task_folder(t.game) for t in trajectories})
-    order = generator(args.seed, "held out", i).permutation(len(folders))
-    return {folders[f] for f in order[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))]}
+def held_out(args, trajectories):
+    """Task folders of the rollouts, of which no PRM sees a rollout, or in its own lessons a demonstration: a share of --held-out, at least one.
+
+    In every iteration the same, as far as they are played: what Q_1 has learned from, π_1 has imitated and Q_2 starts from.
+    """
+    folders = sorted({task_folder(t.game) for t in trajectories}, key=lambda folder: key(f"held out {args.seed} {folder}"))
+    return set(folders[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))])
 
 
 def check(args, run, games, i, trajectories):
@@ -184,7 +186,7 @@ def check(args, run, games, i, trajectories):
         if stage.done:
             return
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
-        prm, held = policy.with_score_head(), held_out(args, trajectories, i)
+        prm, held = policy.with_score_head(), held_out(args, trajectories)
         demos = [(t, taught) for t, taught in demonstrations(args, games, tokenizer) if task_folder(t.game) not in held]
         log = train_checks(prm, tokenizer, demos, teller(games.train, tokenizer, args.exchange), updates=args.checks, lr=args.prm_lr,
                            batch=args.check_batch, seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
@@ -200,7 +202,7 @@ def process_reward_model(args, run, games, i, trajectories, name):
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         start = read_model(run.path / f"iter{i}/checks", run.device, "score")[0] if args.checks else policy
         prm = start.with_score_head("relative" if args.prm_loss == "bt" or args.algo == "inverseprm" else "score")
-        held = held_out(args, trajectories, i)
+        held = held_out(args, trajectories)
         test = [t for t in trajectories if task_folder(t.game) in held]
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
         learn = learn_from_demonstrations if args.algo == "inverseprm" else learn_from_returns
@@ -208,7 +210,7 @@ def process_reward_model(args, run, games, i, trajectories, name):
                         seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         table = q_table(test, tokenizer, args.gamma, keys)
-        card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0])
+        card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0], ranks_alone=bool(args.shape_with or args.curiosity))
         stage.finish({"held_out": card, "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games), **learned})
 
 
@@ -240,7 +242,7 @@ def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, poli
 def expert_preferred(args, prm, policy, tokenizer, games):
     """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes.
 
-    `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: what --min-gap leaves to stage 3.
+    `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: about what --min-gap leaves to stage 3.
     """
     rng = generator(args.seed, "against chance")
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, len(games.dev)), seed=args.seed, mistakes=0.0,
@@ -327,7 +329,7 @@ def improve(args, run, games, i, trajectories):
         log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, teller(games.train, tokenizer, args.exchange), pairs=args.pairs,
                          beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
                          state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
-                         imitate=args.imitate, weigh=weigh, stray=stray, watch=watch if args.track_hacking else None, name=f"DPO {i}")
+                         imitate=args.imitate, weigh=weigh, stray=stray, averaged=args.average, watch=watch if args.track_hacking else None, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 

@@ -4,8 +4,8 @@
                      ├ go to bed 1 <end>                 ├ open desk 1 <end>      branches: see the trunk up to their <act>,
                      └ go to shelf 2 <end>               └ look <end>             and themselves
 
-One forward pass gives log-probabilities or scores of all of them: of the proposals that DPO compares, of the expert's next
-actions in InversePRM, of the actions that were taken at one state in several rollouts.
+One forward pass gives log-probabilities or scores of all of them: of the proposals that DPO compares, of the policy's next
+actions at the expert's states in InversePRM, of the actions that were taken at one state in several rollouts.
 """
 
 import numpy as np

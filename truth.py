@@ -9,9 +9,10 @@ return of each is its true Q, and what it is above the mean of its state its tru
 little about that: most of what there is to know of a return is the state's. Printed, of actions with at least --least rollouts:
 
     Q, A            correlation of Q(s, a) with the true one, and of Q(s, a) − Σ π(a | s) Q(s, a) with the true advantage
-    far             pairs of actions of one state that are truly more than 0.15 apart: how many, and in which share Q says which is better
+    far             pairs of actions of one state whose true Q are more than 0.15 and more than two standard errors apart: how many, and in which share Q says which is better
     gap of 0.05 …   pairs that Q holds for so far apart: how many, in which share the better one is better, and by how much, on average
 
+The truth is a mean of a few rollouts, and its noise lowers all but `far` for every judge alike: compare rows, not a row with 1.
 The first row is log π(a | s) in the place of Q, and of a PRM that compares actions of one state only it is f: their gaps are not Q's. The rollouts stay in the run (truth-K.json), and are not played again.
 """
 
@@ -33,9 +34,9 @@ FAR, GAPS = 0.15, (0.02, 0.05, 0.1, 0.2)
 
 
 def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, temperature, seed):
-    """Rollouts of `policy` from states of its own. -> [{"game", "ids": those of the state, "actions": {text: {"ids", "n", "q"}}}]
+    """Rollouts of `policy` from states of its own. -> [{"game", "ids": those of the state, "actions": {text: {"ids", "returns"}}}]
 
-    n: rollouts that began with the action; q: their mean discounted return, counted from the state.
+    returns: discounted, counted from the state, of the rollouts that began with the action.
     """
     options = dict(temperature=temperature, max_steps=max_steps)
     played = list(rollout(policy, tokenizer, [(games[n % len(games)], n) for n in range(states)], seed=seed, **options))
@@ -47,33 +48,34 @@ def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, 
         todo += [(by_id[t.game], n * rollouts + j, ids, k) for j in range(rollouts)]
     for t in tqdm(rollout(policy, tokenizer, todo, seed=seed + 1, **options), "rollouts", len(todo), unit="episode", dynamic_ncols=True):
         action = t.ids[slice(*t.spans[0])]
-        one = found[t.episode // rollouts]["actions"].setdefault(tokenizer.decode(action).strip(), {"ids": action.tolist(), "n": 0, "q": 0.0})
-        one["n"] += 1
-        one["q"] += (t.reward * gamma ** (len(t) - 1) - one["q"]) / one["n"]
+        one = found[t.episode // rollouts]["actions"].setdefault(tokenizer.decode(action).strip(), {"ids": action.tolist(), "returns": []})
+        one["returns"].append(t.reward * gamma ** (len(t) - 1))
     return found
 
 
 @torch.no_grad()
 def judged(score, found, device, least):
-    """For every state with two actions or more of at least `least` rollouts: `score`(Tree) of them, their true q, their share, each (actions,)."""
+    """For every state with two actions or more of at least `least` rollouts: `score`(Tree) of them, their true q, their share, the variance of that q, each (actions,)."""
     out = []
     for state in tqdm(found, "score", unit="state", leave=False, dynamic_ncols=True):
-        actions = [a for a in state["actions"].values() if a["n"] >= least]
+        actions = [a for a in state["actions"].values() if len(a["returns"]) >= least]
         if len(actions) > 1:
             tree = Tree([np.array(state["ids"])], [(0, len(state["ids"]), a["ids"], False) for a in actions], device)
-            n = np.array([a["n"] for a in actions], float)
-            out.append((score(tree).double().cpu().numpy(), np.array([a["q"] for a in actions]), n / n.sum()))
+            G = [np.array(a["returns"]) for a in actions]
+            n = np.array([len(g) for g in G])
+            variance = np.array([g.var(ddof=1) / len(g) if len(g) > 1 else np.inf for g in G])
+            out.append((score(tree).double().cpu().numpy(), np.array([g.mean() for g in G]), n / n.sum(), variance))
     return out
 
 
 def against_truth(states):
-    """What a judge says, its truth and its share of the state, (n,) each, for every state -> {"q", "advantage": correlations, "far", "gaps"}
+    """What a judge says, the truth, its share of the state and the truth's variance, (n,) each, for every state -> {"q", "advantage": correlations, "far", "gaps"}
 
     far, and each of the gaps: (pairs, share in which the judge is right, how much better the one it prefers is); None where no pairs are.
     """
-    pairs = lambda k: np.concatenate([np.subtract.outer(x[k], x[k])[np.triu_indices(len(x[k]), 1)] for x in states])
+    pairs = lambda k, combine=np.subtract: np.concatenate([combine.outer(x[k], x[k])[np.triu_indices(len(x[k]), 1)] for x in states])
     advantages = lambda k: np.concatenate([x[k] - (x[2] * x[k]).sum() for x in states])
-    said, true = pairs(0), pairs(1)
+    said, true, error = pairs(0), pairs(1), np.sqrt(pairs(3, np.add))
 
     def of(where):
         right, gain = said * true > 0, np.sign(said) * true
@@ -81,7 +83,7 @@ def against_truth(states):
 
     values = [np.concatenate([x[k] for x in states]) for k in (0, 1)]
     return {"q": pearson(*values), "advantage": pearson(advantages(0), advantages(1)), "actions": len(values[0]),
-            "far": of(abs(true) > FAR), "gaps": {gap: of((abs(said) > gap) & (true != 0)) for gap in GAPS}}
+            "far": of((abs(true) > FAR) & (abs(true) > 2 * error)), "gaps": {gap: of((abs(said) > gap) & (true != 0)) for gap in GAPS}}
 
 
 def main():

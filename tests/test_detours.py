@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from detours import WALK, replay, with_detour
+from detours import WALK, detour, replay, with_detour
 from env import AlfworldEnv
+from expert import base, names, parse_task
 from tiny import expert_trajectories, games, played, tokenizer
+from tokenizer import split_intro
 
 GAMES = {game.id: game for game in games()}
 
@@ -59,3 +61,20 @@ def test_replay_says_what_was_seen():
         actions, env = tokenizer().actions(t.ids), AlfworldEnv(100)
         env.reset(GAMES[t.game])
         assert replay(GAMES[t.game], actions) == [env.step(action)[0] for action in actions]
+
+
+def test_no_walk_ends_where_the_thing_could_be_put_as_well():
+    """At the end of a walk to another receptacle of the goal's kind, to go on to the one that the episode chose would be taught in vain."""
+    took = 0
+    for game in games():
+        task, view = split_intro(game.intro)
+        kind = parse_task(task).place
+        places = [name for name in names(view) if base(name) == kind]
+        if len(places) > 1:
+            actions = [f"go to {places[0]}"]
+            answers = replay(game, actions)
+            for seed in range(20):
+                taken = detour(game, actions, answers, [0], np.random.default_rng(seed))
+                took += taken is not None
+                assert taken is None or not taken[1][-1][0].startswith(f"go to {kind} ")
+    assert took > 20

@@ -48,16 +48,16 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
     assert flags.rollouts == {"labels-forks": 90, "labels-forks-8": 720, **dict.fromkeys(("hacking-many", "dpo-alone-many", "dpo-wide-many"), 16_000)}.get(name, 500)
     start = {"unsteered": "steer"}.get(name, None if name in OWN_POLICY else "plain")
     assert flags.init == (start and str(tmp_path / f"7/{start}/iter0/policy"))
-    assert [done.name for done, _ in before] == [start] * bool(start)
-    assert (flags.shape_with == str(tmp_path / "7/plain/iter3")) == ("shape" in name)
+    assert [done.name for done, _ in before] == [start] * bool(start) + ["three"] * ("shape" in name)
+    assert (flags.shape_with == str(tmp_path / "7/three/iter3")) == ("shape" in name)
     own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
-    assert own or name in ("plain", "unsteered")  # it differs from the plain run in something
+    assert own or name in ("plain", "three", "unsteered")  # it differs from the plain run in something
 
 
 @pytest.mark.parametrize("name, common", (("without-unlearning", ["rollouts", "checks", "prm"]), ("world", ["rollouts", "checks"]), ("inverse", ["rollouts", "checks"]), ("dpo-wide", ["rollouts", "checks", "prm"]),
                                           ("labels-forks", []), ("reset", []), ("dpo-wide-many", []), ("as-published", []), ("unsteered", [])))
 def test_what_an_ablation_has_in_common_with_the_run_of_its_policy(monkeypatch, tmp_path, name, common):
-    (_, others), (_, flags) = runs_of(monkeypatch, tmp_path, name)
+    (_, others), *_, (_, flags) = runs_of(monkeypatch, tmp_path, name)
     assert in_common(vars(flags), vars(others)) == common
 
 

@@ -24,7 +24,7 @@ from shards import load_trajectories, play_shards, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
-from train import rollouts_in, stored_rollouts
+from train import held_out, rollouts_in, stored_rollouts
 from tree import Tree
 
 
@@ -227,6 +227,19 @@ def test_the_prm_starts_from_the_checks_and_does_not_see_the_folders_held_out(ru
     assert objective.loss(best, range(len(fit)), sum(objective.weights))[1]["excess"][0] == pytest.approx(0, abs=1e-5)  # as good as these labels allow
 
 
+def test_the_same_folders_are_held_out_of_every_iteration():
+    """Whatever else is played: the folders held out of all rollouts are the first to be held out of some of them, too."""
+    rollouts = [SimpleNamespace(game=f"pick-{n}-Desk/trial") for n in range(40)]
+    args, rng = SimpleNamespace(seed=3, held_out=0.15), np.random.default_rng(0)
+    held = held_out(args, rollouts)
+    assert len(held) == 6 and held == held_out(args, rollouts[::-1] * 3) and held != held_out(SimpleNamespace(seed=4, held_out=0.15), rollouts)
+    for _ in range(20):
+        some = [rollouts[n] for n in rng.permutation(40)[:20]]
+        played = held & {t.game.split("/")[0] for t in some}
+        now = held_out(args, some)
+        assert len(now) == 3 and (now <= played if len(played) >= 3 else played <= now)
+
+
 def assert_forked(folder, trajectories, forks):
     """Two forks behind every action but the last, that go on from what was said by then, each in its own way."""
     at = [(t, k) for t in trajectories for k in range(len(t) - 1) for _ in range(2)]
@@ -289,7 +302,7 @@ def test_every_kind_of_prm_runs_to_its_table(run, tmp_path, monkeypatch, capsys,
     assert done.returncode == 0 and "π_1" in done.stdout, done.stderr
     assert ("nothing to compare" in done.stderr) == ("bt" in flags)  # nothing is won so early
     told, after = read(folder / "iter1/prm.json"), read_model(folder / "iter1/prm", head="score")[0]
-    assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == (not {"bt", "inverseprm"} & set(flags))
+    assert "pair_accuracy" in told["held_out"] and ("bce" in told["held_out"]) == ("pearson_returns" in told["held_out"]) == (not {"bt", "inverseprm", "--shape-with", "--curiosity"} & set(flags))
     by_gap = list(told["expert_preferred"].pop("by_gap").values())
     assert told["expert_preferred"].keys() == {"to_chance", "to_policy"} and all(0 <= share <= 1 for share in told["expert_preferred"].values())
     assert [n for _, n in by_gap] == sorted((n for _, n in by_gap), reverse=True) and all(share is None if n == 0 else 0 <= share <= 1 for share, n in by_gap)

@@ -24,12 +24,12 @@ def test_the_truth_is_the_mean_return_of_what_began_with_the_action(monkeypatch)
         text = tokenizer().decode(t.ids[slice(*t.spans[0])]).strip()
         expected[t.episode // 5].setdefault(text, []).append(t.reward * 0.9 ** (len(t) - 1))
     for state, returns in zip(found, expected):
-        assert {text: (a["n"], pytest.approx(a["q"])) for text, a in state["actions"].items()} == {text: (len(G), np.mean(G)) for text, G in returns.items()}
+        assert {text: sorted(a["returns"]) for text, a in state["actions"].items()} == {text: pytest.approx(sorted(G)) for text, G in returns.items()}
 
 
 def states_of(rng, judge):
     true = [rng.random(n) for n in rng.integers(2, 6, 30)]
-    return [(judge(q), q, np.full(len(q), 1 / len(q))) for q in true]
+    return [(judge(q), q, np.full(len(q), 1 / len(q)), np.zeros(len(q))) for q in true]
 
 
 def test_one_who_knows_is_right_and_one_who_errs_is_wrong():
@@ -47,9 +47,9 @@ def test_one_who_knows_states_alone_has_no_advantage():
 
 
 def test_pairs_and_their_gain_written_out():
-    states = [(np.array([0.1, 0.5, 0.5]), np.array([0.6, 0.2, 0.6]), np.array([0.5, 0.25, 0.25]))]
+    states = [(np.array([0.1, 0.5, 0.5]), np.array([0.6, 0.2, 0.6]), np.array([0.5, 0.25, 0.25]), np.array([0.01, 0.01, 0.03]))]
     found = against_truth(states)
-    assert found["actions"] == 3 and found["far"] == (2, 0.0, pytest.approx(-0.2))  # one wrong, one undecided
+    assert found["actions"] == 3 and found["far"] == (1, 0.0, pytest.approx(-0.4))  # the other pair may be 0.4 apart by chance: 2 · √(0.01 + 0.03)
     assert found["gaps"][0.2] == (1, 0.0, pytest.approx(-0.4))  # the other is truly no gap
 
 
@@ -81,8 +81,8 @@ def test_a_row_for_the_policy_and_for_every_prm_from_rollouts_that_stay(run, mon
     assert_refused(in_process(main, ("--run", run, *FLAGS, "--seed", 1), monkeypatch, capsys), "truth-0.json", "seed 0 -> 1")
     found = read_json(run / "truth-0.json")["found"]
     states = judged(lambda tree: tree.logprobs(taught(), 1.0), found, "cpu", 1)
-    assert f"{sum(len(q) for _, q, _ in states)} actions of {len(states)} states" == lines[0]
-    assert all(abs(share.sum() - 1) < 1e-9 and len(said) == len(true) == len(share) > 1 for said, true, share in states)
+    assert f"{sum(len(q) for _, q, *_ in states)} actions of {len(states)} states" == lines[0]
+    assert all(abs(share.sum() - 1) < 1e-9 and len(said) == len(true) == len(share) == len(variance) > 1 for said, true, share, variance in states)
 
 
 @pytest.mark.parametrize("flags, parts", (
