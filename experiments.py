@@ -32,8 +32,8 @@ from sft import expert_trajectories
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
-DEMOS = 260  # SFT on so many wins about 63 % of dev, as the paper's π_0 does where it is judged
-ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 --demos 260; {home} is the folder of the seed's runs
+DEMOS = 230  # SFT on so many wins about 63 % of dev, as the paper's π_0 does where it is judged
+ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 --demos 230; {home} is the folder of the seed's runs
     "plain": "",
     "three": "--iters 3",
     "as-published": f"{DPO_ALONE} --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",  # the paper's method alone, of 16 rollouts a game
