@@ -207,7 +207,8 @@ def time(run):
                 marks.append(("bar", c, [(start, last - i + 0.2), (start + spent, last - i + 0.8)], f"{pi(i)}, {STAGES[stage]}: {spent:.1f} min"))
                 start += spent
     return dict(name="time", title="Where the time went", x=("minutes", 0, 1.02 * high, round_ticks(high)),
-                y=("", 0, last + 1, [(last - i + 0.5, pi(i)) for i in minutes]), marks=marks, legend=list(enumerate(STAGES.values())),
+                y=("", 0, last + 1, [(last - i + 0.5, pi(i)) for i in minutes]), marks=marks,
+                legend=[(c, text) for c, (stage, text) in enumerate(STAGES.items()) if any(stages[stage] for stages in minutes.values())],
                 note=f"What each policy cost, its rollouts and its PRM included; {run.config['machine']}.")
 
 
