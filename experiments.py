@@ -32,8 +32,11 @@ from sft import expert_trajectories
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
-DEMOS = 230  # SFT on so many wins about 63 % of dev, as the paper's π_0 does where it is judged
-ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 --demos 230; {home} is the folder of the seed's runs
+BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
+    "few": "--demos 230",  # told again and again
+    "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
+}
+ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and those of the baseline; {home} is the folder of the seed's runs
     "plain": "",
     "three": "--iters 3",
     "as-published": f"{DPO_ALONE} --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",  # the paper's method alone, of 16 rollouts a game
@@ -114,7 +117,7 @@ def train(folder, flags):
 def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
-    flags = f"--iters 1 --rollouts {args.rollouts} --demos {DEMOS} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
+    flags = f"--iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
     if "--shape-with" in flags:
         ablation(args, "three", seed)
     if name not in OWN_POLICY:
@@ -287,10 +290,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to run: see the list that comes without")
     parser.add_argument("--seeds", type=whole_numbers, default=[0], metavar="S,S,…", help="seeds of the ablations")
+    parser.add_argument("--baseline", choices=BASELINES, default="few", help="π_0 of the ablations: few, 230 demonstrations told again and again; paper, 10,000 told once each, with nothing of ours to make more of them")
     parser.add_argument("--rollouts", type=int, default=4000, help="episodes an iteration")
     parser.add_argument("--flags", help='more flags for every run of train.py, such as "--threads 1"')
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="where runs are kept", metavar="DIR")
+    parser.add_argument("--out", type=Path, help="where runs are kept (default: runs/experiments, or runs/experiments-paper)", metavar="DIR")
     args = parser.parse_args()
+    args.out = args.out or Path("runs/experiments" + "-paper" * (args.baseline == "paper"))
     args.flags = args.flags or ""
     unknown = [name for name in args.names if name not in {**ABLATIONS, **FIRST}]
     if unknown:
@@ -298,7 +303,7 @@ def main():
     set_up_torch()
     if not args.names:
         for name, flags in ABLATIONS.items():
-            print(f"{name:18} train.py --iters 1 --rollouts {args.rollouts} --demos {DEMOS} {flags}")
+            print(f"{name:18} train.py --iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]} {flags}")
         for name, experiment in FIRST.items():
             print(f"{name:18} {experiment.__doc__.splitlines()[0]}")
     rows = []

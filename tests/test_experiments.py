@@ -23,7 +23,7 @@ def test_without_a_name_everything_is_listed(monkeypatch, capsys):
     assert_refused(in_process(experiments.main, ["bt", "cte"], monkeypatch, capsys), "cte", "experiments.py lists them")
 
 
-def runs_of(monkeypatch, tmp_path, name):
+def runs_of(monkeypatch, tmp_path, name, baseline="few"):
     """The runs of train.py that an ablation asks for: [(folder, parsed flags)], in order, as if each left a PRM behind."""
     runs = []
 
@@ -36,7 +36,7 @@ def runs_of(monkeypatch, tmp_path, name):
             (folder / "config.json").write_text(json.dumps({"flags": vars(runs[-1][1])}))
 
     monkeypatch.setattr(experiments, "train", train)
-    args = SimpleNamespace(out=tmp_path, rollouts=500, flags="--threads 1")
+    args = SimpleNamespace(out=tmp_path, rollouts=500, baseline=baseline, flags="--threads 1")
     assert experiments.ablation(args, name, 7) == tmp_path / "7" / name
     return runs
 
@@ -54,6 +54,12 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
     assert own or name in ("plain", "three", "unsteered")  # it differs from the plain run in something
 
 
+def test_the_paper_s_baseline_tells_each_demonstration_once_and_adds_nothing_to_it(monkeypatch, tmp_path):
+    for _, flags in runs_of(monkeypatch, tmp_path, "inverse", "paper"):
+        assert flags.demos == 10_000 and flags.sft_updates <= flags.demos // flags.sft_batch  # train_sft: as many updates as tell each once
+        assert flags.glances == flags.exchange == flags.detours == flags.steer == 0
+
+
 @pytest.mark.parametrize("name, common", (("without-unlearning", ["rollouts", "checks", "prm"]), ("world", ["rollouts", "checks"]), ("inverse", ["rollouts", "checks"]), ("dpo-wide", ["rollouts", "checks", "prm"]),
                                           ("labels-forks", []), ("reset", []), ("dpo-wide-many", []), ("as-published", []), ("unsteered", [])))
 def test_what_an_ablation_has_in_common_with_the_run_of_its_policy(monkeypatch, tmp_path, name, common):
@@ -66,7 +72,7 @@ def test_flags_of_the_stages_are_flags():
 
 
 def test_a_shared_run_equals_one_on_its_own(folder):
-    args = SimpleNamespace(out=folder, rollouts=24, flags=SMALL)
+    args = SimpleNamespace(out=folder, rollouts=24, baseline="few", flags=SMALL)
     for name in ("without-unlearning", "promise"):
         shared, own = experiments.ablation(args, name, 0), folder / f"own-{name}"
         experiments.train(own, f"--iters 1 --rollouts 24 {SMALL} {ABLATIONS[name]} --init {folder}/0/plain/iter0/policy")
