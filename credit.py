@@ -56,14 +56,14 @@ def progress(M):
     return np.maximum(0, np.diff(M, prepend=M[:1]))
 
 
-def like_the_expert(trajectory, f, gamma, hide_ends=False):
-    """The chance that each transition of a rollout is the expert's, σ(r), r = f(s, a) − γ f(s', a') being the reward that InversePRM has
-    learned; f (T,): its scores. What makes no transition (see `transitions`) gets 0. -> (T,)
+def like_the_expert(trajectories, scores, gamma, hide_ends=False):
+    """1 for all actions of the rollouts whose learned return, Σ_t r(s_t, a_t), is above that of the average rollout, else 0: (T,) each.
+
+    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned, scores (T,) of each rollout its f. The return is not discounted: Σ_t γ^t r_t
+    telescopes to f(s_0, a_0), and would say nothing of the rollout. It takes the outcome's place: that is not read.
     """
-    actions, r = learned_rewards(trajectory, f, gamma, hide_ends=hide_ends)
-    chance = np.zeros(len(trajectory))
-    chance[actions] = sigmoid(r)
-    return chance
+    returns = np.array([learned_rewards(t, f, gamma, hide_ends=hide_ends)[1].sum() for t, f in zip(trajectories, scores)])
+    return [np.full(len(t), float(better)) for t, better in zip(trajectories, returns > returns.mean())]
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
@@ -76,7 +76,7 @@ def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):
     if by == "all":
         return [np.ones(len(t)) for t in trajectories]
     if by == "expert":
-        return [like_the_expert(t, together(np.stack(f)), gamma, hide_ends) for t, *f in zip(trajectories, *(score(prm, trajectories) for prm in prms))]
+        return like_the_expert(trajectories, [together(np.stack(f)) for f in zip(*(score(prm, trajectories) for prm in prms))], gamma, hide_ends)
     if by == "progress":
         return [progress(together(q)) for q in opinions(prms, trajectories)]
     if prm_loss == "bt":

@@ -63,6 +63,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "of-each": f"{DPO_ALONE} --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
     "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
+    "inverse-rest": "--algo inverseprm --iters 2 --rest",
     "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
     "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
     "inverse-control": "--algo inverseprm --iters 2 --imitate-by all --min-gap 1e9",  # what is left without the learned reward: its own admissible actions
@@ -86,7 +87,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
 OWN_POLICY = ("plain", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
-OF_STAGE_2 = {*"algo inverse_updates hide_ends prm_loss targets gamma state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
+OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets gamma state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
 OF_STAGE_3 = {*"ref pairs proposals dpo_lr imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \

@@ -95,6 +95,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--progress-weight", 1.0, "promise-progress: weight of progress", low=0)
     add(g, "--inverse-updates", 500, "inverseprm: updates")
     g.add_argument("--hide-ends", action="store_true", help="inverseprm: do not show that an episode ended by itself")
+    g.add_argument("--rest", action="store_true", help="inverseprm: an episode that ended goes on resting until the cap, which the expert does longer; without, the paper's reward")
     add(g, "--state", "history", "what returns are averaged over: rollouts with the same history (the paper), or with the same state of the world (ours)", choices=("history", "world"))
     add(g, "--curiosity", 0.0, "bonus for rarely visited (s, a): this much over the root of its visits, added to Q̂", metavar="C", low=0, high=1)
     add(g, "--shape-with", None, "shape Q̂ by the values of a reference policy, which the PRM in this iteration of a run has learned, such as runs/default/iter3", metavar="DIR")
@@ -115,8 +116,8 @@ def parse_flags(argv=None, doc=None):
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did, setbacks left out; 0: DPO alone", low=0)
     add(g, "--imitate-by", None, "win: what won rollouts did that was no setback by the PRM's values; surplus: what they did by how much better they went than the PRM "
-        "expected (self-imitation); progress: what raised the PRM's value, won or not; all: every admissible action alike, a control (default: win; inverseprm imitates what its reward "
-        "takes for the expert's)", choices=("win", "surplus", "progress", "all"))
+        "expected (self-imitation); progress: what raised the PRM's value, won or not; all: every admissible action alike, a control (default: win; inverseprm imitates rollouts "
+        "whose learned return is above the average)", choices=("win", "surplus", "progress", "all"))
     add(g, "--imitate-detours", 1.0, "share of what is imitated that is told with a walk that leads nowhere, as demonstrations are by --detours", metavar="P", low=0, high=1)
     add(g, "--unlearn", 1.0, "weight, beside what is imitated, of unlearning what the world did not accept, in all rollouts: −log(1 − π(a|s)); 0: none", low=0)
     add(g, "--average", 0.5, "share of the updates, the last ones, whose weights' mean is the new policy; 0: the last weights (the paper)", metavar="P", low=0, high=1)
@@ -147,7 +148,7 @@ def complaints(args, changed):
     """What does not go together, or would be ignored, one line each. `changed`(flag): whether it is not at its default."""
     inverse, bt, promise, bootstrapped = args.algo == "inverseprm", args.prm_loss == "bt", args.prm_loss == "promise-progress", args.targets != "mc"
     for flag, needs, there in (
-            ("--hide-ends", "--algo inverseprm", inverse), ("--targets", "--prm-loss promise-progress", promise),
+            ("--hide-ends", "--algo inverseprm", inverse), ("--rest", "--algo inverseprm that sees ends", inverse and not args.hide_ends), ("--targets", "--prm-loss promise-progress", promise),
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
             ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
@@ -159,7 +160,7 @@ def complaints(args, changed):
     for wrong, complaint in (
             (args.rollouts <= episodes_of_each_game(args), f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels"),
             (inverse and args.prm_loss != "bce", f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own"),
-            (inverse and args.imitate_by not in (None, "all"), f"--imitate-by {args.imitate_by}: --algo inverseprm imitates what its reward takes for the expert's"),
+            (inverse and args.imitate_by not in (None, "all"), f"--imitate-by {args.imitate_by}: --algo inverseprm imitates by its own reward"),
             (inverse and args.prm_batch < 2, f"--prm-batch {args.prm_batch}: --algo inverseprm needs a trajectory of the expert's and one of the learner's in each"),
             (args.state == "world" and (inverse or bootstrapped), "--state world changes Monte Carlo labels: neither --algo inverseprm nor --targets td-gae has any"),
             ((args.shape_with or args.curiosity or args.forks) and (inverse or bt or bootstrapped),

@@ -3,6 +3,9 @@
 A score f(s, a) stands for the Q of the reward that explains the expert: r(s, a) = f(s, a) − γ E[f(s', a')], a' being the *policy's*
 next action. A classifier with r as its logit learns to tell the expert's transitions from those of all learner policies so far.
 No outcome is read, neither reward nor `won`; only that an episode ended by itself, which `hide_ends` hides too.
+
+Where expert and learner differ little, r is positive for both, and then it is f's advice to live long. With `rest` an episode that ended goes on in an
+absorbing state until the cap (Kostrikov et al. 2019): the expert rests longer than the learner, which makes resting a thing worth getting to.
 """
 
 import numpy as np
@@ -15,13 +18,13 @@ from ranks import mine, summed
 from tree import Tree, propose
 
 
-def inverse_loss(f, f_next, ended, expert, gamma):
-    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, InversePRM), gradient through both terms.
+def inverse_loss(f, f_next, ended, expert, gamma, rest=0.0):
+    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') + rest (P1, InversePRM, where rest is 0), gradient through both terms.
 
     f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, z =
-    f(s, a). expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
+    f(s, a) + rest. expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
     """
-    z = f - gamma * torch.where(ended, 0.0, f_next)
+    z = f - gamma * torch.where(ended, 0.0, f_next) + rest
     return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none"), z.detach()
 
 
@@ -38,14 +41,24 @@ def transitions(trajectory, taught=None, hide_ends=False):
     return actions, actions == T - 1
 
 
+def rest_odds(demonstrations, rollouts, max_steps):
+    """The logit of one step of rest being the expert's, where transitions of either side weigh the same: the log of the ratio of both sides' steps of rest to one transition.
+
+    All steps of rest look the same, so what a classifier would learn of them is known. Measured against it, rest has no reward, f is 0 there, and the logit of a transition is r + rest.
+    demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a side that never ends by itself is taken to have rested once.
+    """
+    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught)[0]) for t, taught in side))
+    return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts])))
+
+
 def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False):
     """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next; f (T,): its scores. -> actions (n,), r (n,)"""
     actions, _ = transitions(trajectory, taught, hide_ends)
     return actions, (f - gamma * np.append(f[1:], 0))[actions]
 
 
-def told_apart(f_expert, f_learner, gamma, hide_ends=False):
-    """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often its sign is right (a coin: 0.5).
+def told_apart(f_expert, f_learner, gamma, hide_ends=False, rest=0.0):
+    """The learned reward r on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often the sign of r + rest is right (a coin: 0.5).
 
     f_expert [(Trajectory, taught (T,), f (T,))], f_learner [(Trajectory, None, f)]. What follows is what was done, the expert's own next
     action too. -> {"expert", "learner": mean r, "accuracy"}; None where a side has no transition
@@ -56,16 +69,16 @@ def told_apart(f_expert, f_learner, gamma, hide_ends=False):
         r.append(np.concatenate(taken) if sum(map(len, taken)) else None)
     if r[0] is None or r[1] is None:
         return None
-    return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] > 0).mean() + (r[1] <= 0).mean()) / 2)}
+    return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] + rest > 0).mean() + (r[1] + rest <= 0).mean()) / 2)}
 
 
 def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
-                      hide_ends=False, check=None, name="InversePRM"):
+                      hide_ends=False, rest=0.0, check=None, name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
     Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
     together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
-    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
+    learner did: `temperature` must be that of the rollouts. `rest`: `rest_odds`, or 0. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
     loss, of `checks.check_loss`: the classifier's own says little about the actions of one state, and without it f ranks them no better than a coin
     (LOG.md). ValueError where a side has no transitions.
     """
@@ -102,7 +115,7 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
         ended, expert = torch.tensor(ended, device=device), torch.tensor(expert, device=device)
         f_next = at(then)
         f_next = f_next.masked_scatter(expert & ~ended, prm.scores(h[tree.row, tree.end]))
-        losses, z = inverse_loss(at(now), f_next, ended, expert, gamma)
+        losses, z = inverse_loss(at(now), f_next, ended, expert, gamma, rest)
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
         metrics |= {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
                    "reward/expert": (z[expert].sum(), int(expert.sum())), "reward/learner": (z[~expert].sum(), int((~expert).sum()))}

@@ -26,7 +26,7 @@ from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
 from games import task_folder
-from inverse_prm import told_apart, train_inverse_prm
+from inverse_prm import rest_odds, told_apart, train_inverse_prm
 from model import Config
 from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, states_of, train_prm
 from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
@@ -231,12 +231,14 @@ def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, poli
     apart = lambda some: [[one for one in some if (task_folder(one[0].game) in held) == out] for out in (False, True)]  # to learn from, and held out
     (shown, expert), (fit, learner) = apart(demonstrations(args, games, tokenizer)), apart([(t, None) for t in trajectories])
     earlier, _ = apart([(t, None) for j in range(1, i) for t in stored_rollouts(args, run, j)])
+    negatives = [t for t, _ in earlier + fit]
+    rest = rest_odds(shown, negatives, args.max_steps) if args.rest else 0.0
     tell = teller(games.train, tokenizer, args.exchange)
     check = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
-    log = train_inverse_prm(prm, policy, shown, [t for t, _ in earlier + fit], tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
-                            hide_ends=args.hide_ends, check=check if args.checks else None, **options)
+    log = train_inverse_prm(prm, policy, shown, negatives, tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
+                            hide_ends=args.hide_ends, rest=rest, check=check if args.checks else None, **options)
     sides = ([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in (expert, learner))
-    return {"told_apart": told_apart(*sides, args.gamma, args.hide_ends), "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
+    return {"told_apart": told_apart(*sides, args.gamma, args.hide_ends, rest), "rest": rest, "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
 
 
 def expert_preferred(args, prm, policy, tokenizer, games):

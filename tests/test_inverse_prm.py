@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import inverse_prm
 from checks import check_loss
-from inverse_prm import inverse_loss, told_apart, train_inverse_prm, transitions
+from inverse_prm import inverse_loss, rest_odds, told_apart, train_inverse_prm, transitions
 from prm import score
 from tiny import as_it_is, tell, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
 
@@ -24,6 +24,25 @@ def test_the_loss_is_torchs_on_the_difference_and_its_gradient_flows_through_bot
     losses.sum().backward()
     assert (f.grad != 0).all() and torch.equal(f_next.grad != 0, ~ended)
     torch.testing.assert_close(f_next.grad[~ended], -0.9 * f.grad[~ended])
+
+
+def test_rest_is_a_state_like_any_other_whose_score_is_known():
+    """Brute force: a classifier of whose steps of rest they are, at each side's weight of a transition; and an offset of the logit is the paper's loss where resting is worth rest / (1 − γ)."""
+    demos, cap, gamma = demonstrations(), 30, 0.9
+    rollouts = [replace(t, truncated=n % 3 > 0, spans=t.spans[:len(t) // (1 + n % 3)]) for n, t in enumerate(played()) if len(t) > 2]
+    sides = (1.0, demos), (0.0, [(t, None) for t in rollouts])
+    steps = [(expert, 1 / sum(len(transitions(t, m)[0]) for t, m in side)) for expert, side in sides for t, _ in side for _ in range(0 if t.truncated else cap - len(t))]
+    logit, (label, weight) = torch.zeros((), requires_grad=True), map(torch.tensor, zip(*steps))
+    for _ in range(200):
+        loss = F.binary_cross_entropy_with_logits(logit.expand(len(label)), label, weight)
+        logit.data -= torch.autograd.grad(loss, logit)[0] * len(label) / weight.sum() * 4
+    rest = rest_odds(demos, rollouts, cap)
+    assert rest == pytest.approx(logit.item(), abs=1e-3) and len(set(label.tolist())) == 2
+    assert rest_odds(demos, [replace(t, truncated=True) for t in rollouts], cap) > rest
+    f, f_next, ended, expert = torch.randn(9), torch.randn(9), torch.arange(9) < 3, torch.arange(9) % 2 == 0
+    resting = rest / (1 - gamma)  # its value for ever, if f is not measured against it
+    z = f + resting - gamma * torch.where(ended, torch.tensor(resting), f_next + resting)
+    torch.testing.assert_close(inverse_loss(f, f_next, ended, expert, gamma, rest)[1], z)
 
 
 def test_transitions_are_those_with_a_next_action_or_an_end():
@@ -85,7 +104,7 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
     seen = []
     monkeypatch.setattr(inverse_prm, "inverse_loss", lambda *a: (seen.append(a), inverse_loss(*a))[1])
     (loss, _), = train_inverse_prm(prm, taught(), demonstrations, rollouts, as_it_is, gamma=0.9, updates=1, lr=1, batch=6, temperature=1.0, seed=3, state=None)
-    (f, f_next, ended, expert, _), (told, states) = seen[0], drawn[0]
+    (f, f_next, ended, expert, *_), (told, states) = seen[0], drawn[0]
     everyone = {tuple(t.ids): t for t in (*expert_trajectories(), *rollouts)}
     picked = [everyone[tuple(ids)] for ids in told]
     want, n = [], 0
