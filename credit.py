@@ -57,13 +57,14 @@ def progress(M):
 
 
 def like_the_expert(trajectories, scores, gamma, hide_ends=False):
-    """1 for all actions of the rollouts whose learned return, Σ_t r(s_t, a_t), is above that of the average rollout, else 0: (T,) each.
+    """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it: (T,) each, the same for all its actions.
 
-    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned, scores (T,) of each rollout its f. The return is not discounted: Σ_t γ^t r_t
-    telescopes to f(s_0, a_0), and would say nothing of the rollout. It takes the outcome's place: that is not read.
+    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned, scores (T,) of each rollout its f: self-imitation (as `better_than_expected`) of a return
+    that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would say nothing of the rollout.
     """
-    returns = np.array([learned_rewards(t, f, gamma, hide_ends=hide_ends)[1].sum() for t, f in zip(trajectories, scores)])
-    return [np.full(len(t), float(better)) for t, better in zip(trajectories, returns > returns.mean())]
+    learned = np.array([learned_rewards(t, f, gamma, hide_ends=hide_ends)[1].sum() for t, f in zip(trajectories, scores)])
+    above = np.maximum(0, learned - learned.mean())
+    return [np.full(len(t), x / max(above.sum() / max(1, (above > 0).sum()), 1e-9)) for t, x in zip(trajectories, above)]
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends):

@@ -233,13 +233,16 @@ def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss, b
 
 
 @pytest.mark.parametrize("hide_ends", (False, True))
-def test_the_better_half_is_told_by_the_learned_return_alone(hide_ends):
+def test_rollouts_of_more_learned_return_are_imitated_by_how_much_it_is_more(hide_ends):
     """Σ f − γ f', f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no reward. Outcomes are not read."""
     some, rng = [*played(), *expert_trajectories()[:10]], np.random.default_rng(0)
     scores = [rng.normal(size=len(t)) * 3 for t in some]
     returns = [sum(f[k] - 0.9 * f[k + 1] for k in range(len(t) - 1)) + (0 if t.truncated or hide_ends else f[-1]) for t, f in zip(some, scores)]
     worth_of = like_the_expert(some, scores, 0.9, hide_ends)
-    assert [w.tolist() for w in worth_of] == [[float(r > np.mean(returns))] * len(t) for t, r in zip(some, returns)]
+    above = [r - np.mean(returns) for r in returns if r > np.mean(returns)]
+    for t, r, w in zip(some, returns, worth_of):
+        np.testing.assert_allclose(w, [max(0, r - np.mean(returns)) / np.mean(above)] * len(t))
+    assert [w.tolist() for w in like_the_expert(some[:2], [f * 0 for f in scores[:2]], 0.9, hide_ends)] == [[0.0] * len(t) for t in some[:2]]  # nothing learned, nothing imitated
     turned = [replace(t, won=not t.won, reward=1 - t.reward) for t in some]
     assert all((a == b).all() for a, b in zip(worth_of, like_the_expert(turned, scores, 0.9, hide_ends)))
     assert {t.truncated for t in some} == {True, False}
