@@ -28,17 +28,18 @@ def inverse_loss(f, f_next, ended, expert, gamma, rest=0.0):
     return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none"), z.detach()
 
 
-def transitions(trajectory, taught=None, hide_ends=False):
+def transitions(trajectory, taught=None, hide_ends=False, rest=0.0):
     """The actions (n,) of a trajectory that make a transition (s, a, s', a'), and whether the episode ended with it, (n,) bool.
 
     taught (T,) bool: actions that count, the expert's own and not its mistakes. The last action of an episode that was cut has no
-    transition, for nobody saw what comes next; nor has that of any episode with `hide_ends`.
+    transition, for nobody saw what comes next; nor has that of any episode with `hide_ends`. With `rest`, which compares what goes on for ever, it is
+    taken to be followed by itself: else nothing ties f down in such an episode, and it drifts.
     """
     T = len(trajectory)
     counts = np.ones(T, bool) if taught is None else taught.copy()
-    counts[T - 1] &= not (trajectory.truncated or hide_ends)
+    counts[T - 1] &= not hide_ends and (not trajectory.truncated or rest != 0)
     actions = counts.nonzero()[0]
-    return actions, actions == T - 1
+    return actions, (actions == T - 1) & (not trajectory.truncated)
 
 
 def rest_odds(demonstrations, rollouts, max_steps):
@@ -47,14 +48,14 @@ def rest_odds(demonstrations, rollouts, max_steps):
     All steps of rest look the same, so what a classifier would learn of them is known. Measured against it, rest has no reward, f is 0 there, and the logit of a transition is r + rest.
     demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a side that never ends by itself is taken to have rested once.
     """
-    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught)[0]) for t, taught in side))
+    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught, rest=1.0)[0]) for t, taught in side))
     return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts])))
 
 
-def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False):
+def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False, rest=0.0):
     """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next; f (T,): its scores. -> actions (n,), r (n,)"""
-    actions, _ = transitions(trajectory, taught, hide_ends)
-    return actions, (f - gamma * np.append(f[1:], 0))[actions]
+    actions, _ = transitions(trajectory, taught, hide_ends, rest)
+    return actions, (f - gamma * np.append(f[1:], f[-1] if trajectory.truncated else 0))[actions]
 
 
 def told_apart(f_expert, f_learner, gamma, hide_ends=False, rest=0.0):
@@ -65,7 +66,7 @@ def told_apart(f_expert, f_learner, gamma, hide_ends=False, rest=0.0):
     """
     r = []
     for side in (f_expert, f_learner):
-        taken = [learned_rewards(t, f, gamma, taught, hide_ends)[1] for t, taught, f in side]
+        taken = [learned_rewards(t, f, gamma, taught, hide_ends, rest)[1] for t, taught, f in side]
         r.append(np.concatenate(taken) if sum(map(len, taken)) else None)
     if r[0] is None or r[1] is None:
         return None
@@ -84,29 +85,30 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
-    pools = [[one for one in pool if len(transitions(*one[:2], hide_ends)[0])] for pool in pools]
+    pools = [[one for one in pool if len(transitions(*one[:2], hide_ends, rest)[0])] for pool in pools]
     if batch < 2 or not all(pools):
         raise ValueError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
     # what half a batch weighs on average: by its own weight, a transition would weigh more among short episodes, which the expert's are
-    total = {expert: batch // 2 * np.mean([len(transitions(*one[:2], hide_ends)[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
+    total = {expert: batch // 2 * np.mean([len(transitions(*one[:2], hide_ends, rest)[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
     total_answers = batch // 2 * sum(np.mean([len(answers_of(t.spans)) for t, _, _ in pool]) for pool in pools)
 
     def loss_of(step):
         rng = generator(seed, "inverse", step)
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
         told = [tell(t.ids, t.game, rng) for t, _, _ in picked]
-        moves = [transitions(t, taught, hide_ends) for t, taught, _ in picked]
+        moves = [transitions(t, taught, hide_ends, rest) for t, taught, _ in picked]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         checked, metrics = check(step) if check else (None, {})
         metrics = {f"checks/{what}": number for what, number in metrics.items()}
         if not told:
             return checked, metrics
-        now, then, ended, expert, states = [], [], [], [], []  # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
+        now, then, ended, expert, asked, states = [], [], [], [], [], []  # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
         for b, ((t, _, is_expert), (actions, last)) in enumerate(zip(picked, moves)):
             for k, end in zip(actions, last):
                 now.append((b, t.spans[k, 1] - 1)), ended.append(end), expert.append(is_expert)
                 then.append((b, t.spans[min(k + 1, len(t) - 1), 1] - 1))
-                if is_expert and not end:
+                asked.append(is_expert and k + 1 < len(t))
+                if asked[-1]:
                     states.append((b, int(t.spans[k + 1, 0])))
         drawn = propose(policy, told, states, 1, temperature, (seed, key("next action"), step, *np.array([(numbers[b], start) for b, start in states]).T)) if states else []
         tree = Tree(told, [(*place, *action[0]) for place, action in zip(states, drawn)], device, whole=range(len(told)))
@@ -114,7 +116,7 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
         at = lambda places: prm.scores(h[tuple(torch.tensor(np.array(places)).T)])
         ended, expert = torch.tensor(ended, device=device), torch.tensor(expert, device=device)
         f_next = at(then)
-        f_next = f_next.masked_scatter(expert & ~ended, prm.scores(h[tree.row, tree.end]))
+        f_next = f_next.masked_scatter(torch.tensor(asked, device=device), prm.scores(h[tree.row, tree.end]))
         losses, z = inverse_loss(at(now), f_next, ended, expert, gamma, rest)
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
         metrics |= {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),

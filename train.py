@@ -311,7 +311,7 @@ def improve(args, run, games, i, trajectories):
 
         def weigh(some):
             """What of the rollouts is imitated, and unlearned, token by token."""
-            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends)
+            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends, rest=args.rest)
             return [imitated(t, gain, args.obs_weight, args.unlearn) for t, gain in zip(some, gains)]
 
         def stray(t, weights, rng):

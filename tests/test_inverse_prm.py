@@ -31,7 +31,7 @@ def test_rest_is_a_state_like_any_other_whose_score_is_known():
     demos, cap, gamma = demonstrations(), 30, 0.9
     rollouts = [replace(t, truncated=n % 3 > 0, spans=t.spans[:len(t) // (1 + n % 3)]) for n, t in enumerate(played()) if len(t) > 2]
     sides = (1.0, demos), (0.0, [(t, None) for t in rollouts])
-    steps = [(expert, 1 / sum(len(transitions(t, m)[0]) for t, m in side)) for expert, side in sides for t, _ in side for _ in range(0 if t.truncated else cap - len(t))]
+    steps = [(expert, 1 / sum(len(transitions(t, m, rest=1.0)[0]) for t, m in side)) for expert, side in sides for t, _ in side for _ in range(0 if t.truncated else cap - len(t))]
     logit, (label, weight) = torch.zeros((), requires_grad=True), map(torch.tensor, zip(*steps))
     for _ in range(200):
         loss = F.binary_cross_entropy_with_logits(logit.expand(len(label)), label, weight)
@@ -49,10 +49,10 @@ def test_transitions_are_those_with_a_next_action_or_an_end():
     for t in (*played()[:20], *expert_trajectories()[:20]):
         mask = np.random.default_rng(len(t)).random(len(t)) < 0.7
         for taught_mask in (None, mask):
-            for hide in (False, True):
-                want = [(k, k == len(t) - 1) for k in range(len(t))
-                        if (taught_mask is None or taught_mask[k]) and (k < len(t) - 1 or not (t.truncated or hide))]
-                assert list(zip(*transitions(t, taught_mask, hide))) == want
+            for hide, rest in ((False, 0.0), (True, 0.0), (False, 0.5)):
+                want = [(k, k == len(t) - 1 and not t.truncated) for k in range(len(t))
+                        if (taught_mask is None or taught_mask[k]) and (k < len(t) - 1 or not (t.truncated and not rest or hide))]
+                assert list(zip(*transitions(t, taught_mask, hide, rest))) == want
 
 
 @pytest.mark.parametrize("hide", (False, True))
@@ -127,6 +127,13 @@ def test_scores_are_those_of_the_transitions(monkeypatch, tmp_path, sides):
     losses = inverse_loss(f, f_next, ended, expert, 0.9)[0]
     weight = [np.mean([n for n in (len(transitions(*one)[0]) for one in side) if n]) for side in (demonstrations, [(t,) for t in rollouts])]  # of a trajectory, on average
     assert float(loss.detach()) == pytest.approx(sum(float(losses[side].sum().detach()) / 3 / w for side, w in zip((expert, ~expert), weight)) / 2, rel=1e-5)
+
+
+def test_a_demonstration_that_was_cut_can_be_learned_from_with_rest(tmp_path, sides):
+    demos = [(replace(t, truncated=True, won=False), m) for t, m in sides[0]]
+    for rest in (0.0, 1.0):
+        _, log = fit(demos, sides[1], rest=rest, state=tmp_path / str(rest))
+        assert np.isfinite(log[-1]["loss"])
 
 
 def test_it_learns_to_tell_the_expert_from_the_learner(tmp_path, sides):
