@@ -57,6 +57,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "dpo-alone-many": f"{DPO_ALONE} --track-hacking --rollouts 16000",
     "dpo-wide": f"{DPO_ALONE} {WIDE}",
     "dpo-wide-many": f"{DPO_ALONE} {WIDE} --rollouts 16000",
+    "dpo-steps": f"{DPO_ALONE} --iters 3 --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last",  # and stops before it is hacked
     "hacking": HACKED,
     "hacking-many": f"{HACKED} --rollouts 16000",
     "hacking-ensemble": f"{HACKED} --ensemble 3 --ensemble-by min",
@@ -88,7 +89,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
 }
 OWN_POLICY = ("plain", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets gamma state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
-OF_STAGE_3 = {*"ref pairs proposals dpo_lr imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
+OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
