@@ -48,7 +48,7 @@ def rest_odds(demonstrations, rollouts, max_steps):
     All steps of rest look the same, so what a classifier would learn of them is known. Measured against it, rest has no reward, f is 0 there, and the logit of a transition is r + rest.
     demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a side that never ends by itself is taken to have rested once.
     """
-    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught, rest=1.0)[0]) for t, taught in side))
+    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught, rest=True)[0]) for t, taught in side))
     return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts])))
 
 

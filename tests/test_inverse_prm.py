@@ -85,9 +85,12 @@ def test_no_outcome_is_read(tmp_path, sides):
     demonstrations, rollouts = sides
     poison = lambda t, **also: replace(t, reward=float("nan"), won=not t.won, **also)
     weights = lambda prm: torch.cat([p.detach().flatten() for p in prm.parameters()])
-    clean, log = fit(demonstrations, rollouts, state=tmp_path / "a")
-    other, other_log = fit([(poison(t), m) for t, m in demonstrations], list(map(poison, rollouts)), state=tmp_path / "b")
-    assert torch.equal(weights(clean), weights(other)) and log == other_log
+    for rest in (0.0, rest_odds(demonstrations, rollouts, 30)):
+        clean, log = fit(demonstrations, rollouts, rest=rest, state=tmp_path / f"a{rest}")
+        poisoned = [(poison(t), m) for t, m in demonstrations], list(map(poison, rollouts))
+        assert rest_odds(*poisoned, 30) == rest_odds(demonstrations, rollouts, 30)
+        other, other_log = fit(*poisoned, rest=rest, state=tmp_path / f"b{rest}")
+        assert torch.equal(weights(clean), weights(other)) and log == other_log
     clean, _ = fit(demonstrations, rollouts, hide_ends=True, state=tmp_path / "c")
     turned = lambda t: poison(t, truncated=not t.truncated)
     other, _ = fit([(turned(t), m) for t, m in demonstrations], list(map(turned, rollouts)), hide_ends=True, state=tmp_path / "d")
