@@ -282,6 +282,7 @@ def test_labels_of_forks_are_those_of_the_rollouts_that_are_fitted(run, tmp_path
 @pytest.mark.parametrize("flags", (
     ("--algo", "inverseprm", "--inverse-updates", "3"),
     ("--algo", "inverseprm", "--inverse-updates", "3", "--hide-ends"),
+    ("--algo", "inverseprm", "--inverse-updates", "3", "--rest"),
     ("--algo", "inverseprm", "--inverse-updates", "3", "--imitate-by", "all", "--min-gap", "1e9"),
     ("--prm-loss", "bt"),
     ("--prm-loss", "promise-progress", "--targets", "td-gae"),
@@ -465,6 +466,8 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--steer", "0.5", "--init", "/nowhere/iter0/policy"), ("--steer", "/nowhere", "--init")),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
+    (("--rest",), ("--rest", "inverseprm")),
+    (("--algo", "inverseprm", "--rest", "--hide-ends"), ("--rest", "sees ends")),
     (("--prm-loss", "promise-progress", "--gae-lambda", "0.5"), ("--gae-lambda 0.5", "--targets")),
     (("--imitate", "0", "--imitate-by", "progress"), ("--imitate-by progress", "--imitate")),
     (("--imitate", "0", "--imitate-detours", "0.5"), ("--imitate-detours 0.5", "--imitate")),
