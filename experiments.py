@@ -60,7 +60,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "dpo-steps": f"{DPO_ALONE} --iters 3 --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last",  # and stops before it is hacked
     "hacking": HACKED,
     "hacking-many": f"{HACKED} --rollouts 16000",
-    "hacking-ensemble": f"{HACKED} --ensemble 3 --ensemble-by min",
+    "dpo-wide-ensemble": f"{DPO_ALONE} {WIDE} --ensemble 3 --ensemble-by min",  # hacked later?
     "of-each": f"{DPO_ALONE} --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
     "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
