@@ -31,6 +31,7 @@ from sft import expert_trajectories
 
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
+STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last"  # as wide, and stops before it is hacked
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
     "few": "--demos 230",  # told again and again
@@ -57,7 +58,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "dpo-alone-many": f"{DPO_ALONE} --track-hacking --rollouts 16000",
     "dpo-wide": f"{DPO_ALONE} {WIDE}",
     "dpo-wide-many": f"{DPO_ALONE} {WIDE} --rollouts 16000",
-    "dpo-steps": f"{DPO_ALONE} --iters 3 --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last",  # and stops before it is hacked
+    "dpo-steps": f"{STEPS} --iters 3",
     "hacking": HACKED,
     "hacking-many": f"{HACKED} --rollouts 16000",
     "dpo-wide-ensemble": f"{DPO_ALONE} {WIDE} --ensemble 3 --ensemble-by min",  # hacked later?
@@ -65,8 +66,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
     "inverse-rest": "--algo inverseprm --iters 2 --rest",
-    "inverse-hidden": "--algo inverseprm --iters 2 --hide-ends",
-    "inverse-reset": "--algo inverseprm --iters 2 --reset-frac 0.5",  # the learner acts where the expert stood
+    **{f"inverse-steps{name}": f"--algo inverseprm {STEPS}{flags}" for name, flags in {  # DPO alone by f: what f knows of actions
+        "": "", "-rest": " --rest", "-hidden": " --hide-ends", "-reset": " --rest --reset-frac 0.5"}.items()},  # -reset: the learner acts where the expert stood
     "inverse-control": "--algo inverseprm --iters 2 --imitate-by all --min-gap 1e9",  # what is left without the learned reward: its own admissible actions
     "promise": "--prm-loss promise-progress --targets td-gae",
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
