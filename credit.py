@@ -68,7 +68,7 @@ def like_the_expert(trajectories, scores, gamma, hide_ends=False, rest=0.0):
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends, rest=False):
-    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, surplus, expert, progress or all: for each trajectory (T,).
+    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, outcome, surplus, expert, progress or all: for each trajectory (T,).
 
     What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,
     M_{t−1}, which plays V there (P2; γ M_0 for t = 0: nothing gained, nothing lost); 0 of one that compares actions of one state only.
@@ -76,6 +76,8 @@ def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends, rest=False
     together = TOGETHER[how]
     if by == "all":
         return [np.ones(len(t)) for t in trajectories]
+    if by == "outcome":
+        return [np.full(len(t), float(t.won)) for t in trajectories]
     if by == "expert":
         return like_the_expert(trajectories, [together(np.stack(f)) for f in zip(*(score(prm, trajectories) for prm in prms))], gamma, hide_ends, rest)
     if by == "progress":

@@ -44,6 +44,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--min-gap 1",
+    "rejection": "--imitate-by outcome --unlearn 0 --min-gap 1e9",  # what won rollouts did, and no PRM: rejection sampling
     "surplus": "--imitate-by surplus",
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",

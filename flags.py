@@ -116,8 +116,8 @@ def parse_flags(argv=None, doc=None):
     add(g, "--states-of", "all", "whose rollouts give the states: all, those of every iteration so far; last, those of π_{i−1} alone (the paper)", choices=("all", "last"))
     add(g, "--imitate", 5.0, "weight of the likelihood of what won rollouts did, setbacks left out; 0: DPO alone", low=0)
     add(g, "--imitate-by", None, "win: what won rollouts did that was no setback by the PRM's values; surplus: what they did by how much better they went than the PRM "
-        "expected (self-imitation); progress: what raised the PRM's value, won or not; all: every admissible action alike, a control (default: win; inverseprm imitates rollouts "
-        "by how much more their learned return is than the average)", choices=("win", "surplus", "progress", "all"))
+        "expected (self-imitation); progress: what raised the PRM's value, won or not; outcome: all that won rollouts did, no PRM asked; all: every admissible action alike, a control "
+        "(default: win; inverseprm imitates rollouts by how much more their learned return is than the average)", choices=("win", "surplus", "progress", "outcome", "all"))
     add(g, "--imitate-detours", 1.0, "share of what is imitated that is told with a walk that leads nowhere, as demonstrations are by --detours", metavar="P", low=0, high=1)
     add(g, "--unlearn", 1.0, "weight, beside what is imitated, of unlearning what the world did not accept, in all rollouts: −log(1 − π(a|s)); 0: none", low=0)
     add(g, "--average", 0.5, "share of the updates, the last ones, whose weights' mean is the new policy; 0: the last weights (the paper)", metavar="P", low=0, high=1)

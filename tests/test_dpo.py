@@ -232,6 +232,13 @@ def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss, b
         np.testing.assert_allclose(gain, rule(t, V, 0.9), atol=1e-5)
 
 
+def test_by_the_outcome_all_that_won_rollouts_did_is_imitated_and_no_prm_is_asked():
+    some = [*played(), *expert_trajectories()[:10]]
+    ask = lambda by: [gain.tolist() for gain in worth([], some, by, how="mean", prm_loss="bce", gamma=0.9, hide_ends=False)]
+    assert ask("outcome") == [[float(t.won)] * len(t) for t in some] and {t.won for t in some} == {True, False}
+    assert ask("all") == [[1.0] * len(t) for t in some]
+
+
 @pytest.mark.parametrize("hide_ends", (False, True))
 def test_rollouts_of_more_learned_return_are_imitated_by_how_much_it_is_more(hide_ends):
     """Σ f − γ f', f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no reward. Outcomes are not read."""
