@@ -59,7 +59,7 @@ def progress(M):
 def like_the_expert(trajectories, scores, gamma, hide_ends=False, rest=0.0):
     """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it: (T,) each, the same for all its actions.
 
-    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned, scores (T,) of each rollout its f: self-imitation (as `better_than_expected`) of a return
+    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned (with rest, what it is more than a step of rest has), scores (T,) of each rollout its f: self-imitation (as `better_than_expected`) of a return
     that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would say nothing of the rollout.
     """
     learned = np.array([learned_rewards(t, f, gamma, None, hide_ends, rest)[1].sum() for t, f in zip(trajectories, scores)])
@@ -67,7 +67,7 @@ def like_the_expert(trajectories, scores, gamma, hide_ends=False, rest=0.0):
     return [np.full(len(t), x / max(above.sum() / max(1, (above > 0).sum()), 1e-9)) for t, x in zip(trajectories, above)]
 
 
-def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends, rest=False):
+def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends, rest=0.0):
     """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, outcome, surplus, expert, progress or all: for each trajectory (T,).
 
     What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,

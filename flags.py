@@ -161,6 +161,7 @@ def complaints(args, changed):
             (args.rollouts <= episodes_of_each_game(args), f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels"),
             (inverse and args.prm_loss != "bce", f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own"),
             (inverse and args.imitate_by not in (None, "all"), f"--imitate-by {args.imitate_by}: --algo inverseprm imitates by the reward it has learned from the expert"),
+            (args.rest and args.gamma == 1, "--rest goes on for ever, which needs --gamma below 1"),
             (inverse and args.prm_batch < 2, f"--prm-batch {args.prm_batch}: --algo inverseprm needs a trajectory of the expert's and one of the learner's in each"),
             (args.state == "world" and (inverse or bootstrapped), "--state world changes Monte Carlo labels: neither --algo inverseprm nor --targets td-gae has any"),
             ((args.shape_with or args.curiosity or args.forks) and (inverse or bt or bootstrapped),

@@ -18,13 +18,18 @@ from ranks import mine, summed
 from tree import Tree, propose
 
 
-def inverse_loss(f, f_next, ended, expert, gamma, rest=0.0):
-    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') + rest (P1, InversePRM, where rest is 0), gradient through both terms.
+def of_rest(rest, gamma):
+    """f of resting for ever, where every step of it has the logit `rest`: Σ_k γ^k rest."""
+    return rest / (1 - gamma) if rest else 0.0
 
-    f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, z =
-    f(s, a) + rest. expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
+
+def inverse_loss(f, f_next, ended, expert, gamma, rest=0.0):
+    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, InversePRM), gradient through both terms.
+
+    f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, and f' is
+    that of rest, in the paper 0. expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
     """
-    z = f - gamma * torch.where(ended, 0.0, f_next) + rest
+    z = f - gamma * torch.where(ended, of_rest(rest, gamma), f_next)
     return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none"), z.detach()
 
 
@@ -45,7 +50,7 @@ def transitions(trajectory, taught=None, hide_ends=False, rest=0.0):
 def rest_odds(demonstrations, rollouts, max_steps):
     """The logit of one step of rest being the expert's, where transitions of either side weigh the same: the log of the ratio of both sides' steps of rest to one transition.
 
-    All steps of rest look the same, so what a classifier would learn of them is known. Measured against it, rest has no reward, f is 0 there, and the logit of a transition is r + rest.
+    All steps of rest look the same, so what a classifier would learn of them is known, and need not be learned.
     demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a side that never ends by itself is taken to have rested once.
     """
     steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught, rest=True)[0]) for t, taught in side))
@@ -53,9 +58,9 @@ def rest_odds(demonstrations, rollouts, max_steps):
 
 
 def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False, rest=0.0):
-    """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next; f (T,): its scores. -> actions (n,), r (n,)"""
+    """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next, and how much that is more than a step of rest has; f (T,): its scores. -> actions (n,), r − rest (n,)"""
     actions, _ = transitions(trajectory, taught, hide_ends, rest)
-    return actions, (f - gamma * np.append(f[1:], f[-1] if trajectory.truncated else 0))[actions]
+    return actions, (f - gamma * np.append(f[1:], f[-1] if trajectory.truncated else of_rest(rest, gamma)) - rest)[actions]
 
 
 def told_apart(f_expert, f_learner, gamma, hide_ends=False, rest=0.0):

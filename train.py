@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import ranks
 from checks import check_loss, train_checks
-from common import UserError, command_line, generator, key, read_model, save_model, set_up_torch
+from common import UserError, command_line, generator, key, read_json, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
 from detours import with_detour
 from dpo import as_it_was, online_dpo
@@ -308,10 +308,11 @@ def improve(args, run, games, i, trajectories):
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prms = [read_model(run.path / f"iter{i}/{name}", run.device, "score")[0] for name in prm_names(args)]
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
+        rest = read_json(run.path / f"iter{i}/prm.json").get("rest", 0.0)
 
         def weigh(some):
             """What of the rollouts is imitated, and unlearned, token by token."""
-            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends, rest=args.rest)
+            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends, rest=rest)
             return [imitated(t, gain, args.obs_weight, args.unlearn) for t, gain in zip(some, gains)]
 
         def stray(t, weights, rng):

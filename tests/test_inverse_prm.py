@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import inverse_prm
 from checks import check_loss
-from inverse_prm import inverse_loss, rest_odds, told_apart, train_inverse_prm, transitions
+from inverse_prm import inverse_loss, learned_rewards, rest_odds, told_apart, train_inverse_prm, transitions
 from prm import score
 from tiny import as_it_is, tell, demonstrations, expert_trajectories, played, random_model, taught, tokenizer
 
@@ -27,7 +27,7 @@ def test_the_loss_is_torchs_on_the_difference_and_its_gradient_flows_through_bot
 
 
 def test_rest_is_a_state_like_any_other_whose_score_is_known():
-    """Brute force: a classifier of whose steps of rest they are, at each side's weight of a transition; and an offset of the logit is the paper's loss where resting is worth rest / (1 − γ)."""
+    """Brute force: a classifier of whose steps of rest they are, at each side's weight of a transition; and resting for ever is worth the sum of its steps."""
     demos, cap, gamma = demonstrations(), 30, 0.9
     rollouts = [replace(t, truncated=n % 3 > 0, spans=t.spans[:len(t) // (1 + n % 3)]) for n, t in enumerate(played()) if len(t) > 2]
     sides = (1.0, demos), (0.0, [(t, None) for t in rollouts])
@@ -40,9 +40,11 @@ def test_rest_is_a_state_like_any_other_whose_score_is_known():
     assert rest == pytest.approx(logit.item(), abs=1e-3) and len(set(label.tolist())) == 2
     assert rest_odds(demos, [replace(t, truncated=True) for t in rollouts], cap) > rest
     f, f_next, ended, expert = torch.randn(9), torch.randn(9), torch.arange(9) < 3, torch.arange(9) % 2 == 0
-    resting = rest / (1 - gamma)  # its value for ever, if f is not measured against it
-    z = f + resting - gamma * torch.where(ended, torch.tensor(resting), f_next + resting)
-    torch.testing.assert_close(inverse_loss(f, f_next, ended, expert, gamma, rest)[1], z)
+    resting = sum(gamma ** k * rest for k in range(400))
+    torch.testing.assert_close(inverse_loss(f, f_next, ended, expert, gamma, rest)[1], torch.where(ended, f - gamma * resting, f - gamma * f_next))
+    for t in rollouts[:9]:  # an f that is consistent with rest has no more reward than rest
+        actions, r = learned_rewards(t, np.full(len(t), resting), gamma, rest=rest)
+        assert len(actions) == len(t) and r == pytest.approx(0, abs=1e-5)
 
 
 def test_transitions_are_those_with_a_next_action_or_an_end():

@@ -468,6 +468,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
     (("--rest",), ("--rest", "inverseprm")),
     (("--algo", "inverseprm", "--rest", "--hide-ends"), ("--rest", "sees ends")),
+    (("--algo", "inverseprm", "--rest", "--gamma", "1"), ("--rest", "--gamma below 1")),
     (("--prm-loss", "promise-progress", "--gae-lambda", "0.5"), ("--gae-lambda 0.5", "--targets")),
     (("--imitate", "0", "--imitate-by", "progress"), ("--imitate-by progress", "--imitate")),
     (("--imitate", "0", "--imitate-detours", "0.5"), ("--imitate-detours 0.5", "--imitate")),
