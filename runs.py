@@ -30,10 +30,10 @@ from ranks import everyones, first_says, rank, ranks, wait
 UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when a run is continued
 
 
-def same_flags(path, flags):
-    """UserError where the run in that folder was started with other flags."""
+def same_flags(path, flags, but=()):
+    """UserError where the run in that folder was started with other flags, `but` for those named."""
     old = read_json(path / "config.json")["flags"]
-    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - set(UNCOMPARED)) if old.get(k) != flags.get(k)]
+    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - {*UNCOMPARED, *but}) if old.get(k) != flags.get(k)]
     if differ:
         raise UserError(f"{path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
 
@@ -55,12 +55,18 @@ def begun(path):
 
 
 def settle_flags(path, flags):
-    """Record the flags of a new run in its config.json, and where it comes from; those of a continued one must be the same (`same_flags`)."""
-    config = path / "config.json"
+    """Record the flags of a new run in its config.json, and where it comes from; those of a continued one must be the same (`same_flags`), but that more iterations may follow those it has."""
+    config, new = path / "config.json", {"flags": flags, "command": " ".join(sys.argv)}
     if first_says(config.exists() and begun(path)):
-        same_flags(path, flags)
+        old = read_json(config)
+        more = {"iters": flags["iters"]} if flags.get("iters", 0) > old["flags"].get("iters", 0) else {}
+        same_flags(path, flags, but=more)
+        wait()
+        if more and rank() == 0:
+            (path / "result.json").unlink(missing_ok=True)  # it is no longer whole
+            write_json(config, {**old, **new, "flags": old["flags"] | more})
     elif rank() == 0:
-        write_json(config, {"flags": flags, "command": " ".join(sys.argv), **provenance()})
+        write_json(config, {**new, **provenance()})
     wait()
 
 

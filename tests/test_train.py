@@ -95,6 +95,21 @@ def test_every_stage_leaves_its_record(run):
     assert stages["iter1/dpo"]["log"][-1]["step"] == 2 and stages["iter0/sft"]["parameters"] == read_model(folder / "iter0/policy")[0].n_parameters()
 
 
+def test_more_iterations_may_follow_those_of_a_finished_run(run, tmp_path, monkeypatch, capsys):
+    """They are what they would have been at once; fewer than there are is another run."""
+    folder = copy_of(run, tmp_path)
+    words, config = read(folder / "config.json")["words"], read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"flags": config["flags"] | {"iters": 1}}))
+    shutil.rmtree(folder / "iter2")
+    done = in_process(train_main, words, monkeypatch, capsys)
+    assert done.returncode == 0, done.stderr
+    assert read(folder / "config.json")["flags"]["iters"] == 2 and len(read(folder / "result.json")["rows"]) == 3
+    ours, theirs = (read_model(where / "iter2/policy")[0].state_dict() for where in (folder, run[0]))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    done = in_process(train_main, [*words, "--iters", "1"], monkeypatch, capsys)
+    assert done.returncode == 2 and "--iters 2 -> 1" in done.stderr
+
+
 def test_the_rollouts_are_those_asked_for_and_the_policies_change(run):
     folder, _, _ = run
     for i in (1, 2):
