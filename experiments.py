@@ -62,7 +62,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "dpo-steps": f"{STEPS} --iters 3",
     "hacking": HACKED,
     "hacking-many": f"{HACKED} --rollouts 16000",
-    "dpo-wide-ensemble": f"{DPO_ALONE} {WIDE} --ensemble 3 --ensemble-by min",  # hacked later?
+    "dpo-wide-ensemble": f"{DPO_ALONE} {WIDE} --ensemble 3 --ensemble-by min",  # hacked more slowly
     "of-each": f"{DPO_ALONE} --min-games 250",  # 16 rollouts of each game: what bt is to be compared with
     "bt": f"{DPO_ALONE} --min-games 250 --prm-loss bt",  # it needs states with several actions; and it has no V, so imitation would not be the same
     "inverse": "--algo inverseprm --iters 2",
