@@ -10,10 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import Muon, UserError, generator, pad, read_model, set_up_torch
+from common import UserError, generator, pad, read_model, set_up_torch
 from dpo import dpo_loss
 from games import games_for, split_dev
 from model import Cache
+from optim import Muon
 from prm import actions_of, bce_loss, scores_at
 from qestimate import labels_of, q_table
 from rollout import MAX_ACTION, feed, rollout, sample_tokens

@@ -10,7 +10,8 @@ InversePRM goes on checking during its lessons: to tell the expert from the lear
 
 import numpy as np
 
-from common import generator, optimise
+from common import generator
+from optim import optimise
 from prm import bt_loss, scores_at
 from ranks import mine, summed
 from tokenizer import ACT, END

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import generator, key, optimise, pad
+from common import generator, key, pad
+from optim import optimise
 from prm import batches
 from ranks import mine, summed
 from tree import Tree, distinct, propose

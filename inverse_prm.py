@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import generator, key, optimise
+from common import generator, key
+from optim import optimise
 from prm import answers_loss, answers_of
 from ranks import mine, summed
 from tree import Tree, propose

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import generator, optimise, pad
+from common import generator, pad
+from optim import optimise
 from qestimate import pearson
 from ranks import everyones, mine, summed
 from tree import Tree

@@ -47,7 +47,7 @@ def mine(items):
 
 
 def summed(value):
-    """A metric of `common.optimise` that is a sum over all ranks, of which this rank has its part: (sum, count). The first rank has one of every batch, and counts."""
+    """A metric of `optim.optimise` that is a sum over all ranks, of which this rank has its part: (sum, count). The first rank has one of every batch, and counts."""
     return value, int(rank() == 0)
 
 

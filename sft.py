@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import Parser, UserError, a_temperature, between, command_line, generator, key, optimise, pad, pick_device, read_json, save_model, set_up_torch, write_json
+from common import Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model, set_up_torch, write_json
 from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, Step, base, demonstrate, fit_prior, names, parse_task
 from games import COMPLETE, game_flags, games_for, split_dev
 from model import Config, Transformer
+from optim import optimise
 from ranks import mine, summed
 from rollout import MAX_ACTION, Trajectory
 from runs import settle_flags

@@ -8,6 +8,7 @@ import os
 import signal
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,3 +105,13 @@ def load_trajectories(path):
         actions = slice(action_ends[i] - a["actions"][i], action_ends[i])
         out.append(Trajectory(game, a["ids"][tokens], *(a[k][actions] for k in PER_ACTION), *(a[k][i].item() for k in PER_EPISODE)))
     return out
+
+
+def rollouts_in(folder, name="rollouts"):
+    """All rollouts of an iteration's folder."""
+    return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
+
+
+def sampled_tokens(trajectories):
+    """What a policy had to write for them."""
+    return int(sum(np.diff(t.spans).sum() for t in trajectories))

@@ -34,7 +34,7 @@ from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of
 from rollout import rollout
 from runs import Run, estimate, final_table, load_games
 from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, teller, train_sft, train_tokenizer, untrained, without_hint
-from shards import load_trajectories, play_shards
+from shards import play_shards, rollouts_in, sampled_tokens
 from tokenizer import Tokenizer, split_intro
 
 
@@ -119,11 +119,6 @@ def play_episodes(args, run, stage, i, name, todo):
     ranks.wait()
 
 
-def sampled_tokens(trajectories):
-    """What a policy had to write for them."""
-    return int(sum(np.diff(t.spans).sum() for t in trajectories))
-
-
 def fork(args, run, games, i, trajectories):
     """Stage 1b, with --forks: rollouts forked behind every action of the others, in the order of `forks_of`."""
     with run.stage(f"iter{i}/forks") as stage:
@@ -164,11 +159,6 @@ def stored_rollouts(args, run, i):
         return trajectories
     tokenizer = Tokenizer.load(run.path / f"iter{i - 1}/policy")
     return [without_hint(t, tokenizer) for t in trajectories]
-
-
-def rollouts_in(folder, name="rollouts"):
-    """All rollouts of an iteration's folder."""
-    return [t for file in sorted(Path(folder, name).glob("*.safetensors")) for t in load_trajectories(file)]
 
 
 def held_out(args, trajectories):

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAIN = "import sys, common, train; common.optimise.__kwdefaults__['save_every'] = 0.5; sys.exit(common.command_line(train.main))"
+TRAIN = "import sys, common, optim, train; optim.optimise.__kwdefaults__['save_every'] = 0.5; sys.exit(common.command_line(train.main))"
 
 
 def start(out, flags):

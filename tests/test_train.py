@@ -20,11 +20,11 @@ from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from report import read_run
 from runs import Run, load_games, settle_flags
-from shards import load_trajectories, play_shards, save_trajectories
+from shards import load_trajectories, play_shards, rollouts_in, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
-from train import held_out, rollouts_in, stored_rollouts
+from train import held_out, stored_rollouts
 from tree import Tree
 
 
