@@ -32,6 +32,7 @@ from sft import expert_trajectories
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
 STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last"  # as wide, and stops before it is hacked
+CONTROL = "--imitate-by all --min-gap 1e9"  # what is left of InversePRM without the learned reward: its own admissible actions
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
     "few": "--demos 230",  # told again and again
@@ -69,7 +70,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "inverse-rest": "--algo inverseprm --iters 2 --rest",
     **{f"inverse-steps{name}": f"--algo inverseprm {STEPS}{flags}" for name, flags in {  # DPO alone by f: what f knows of actions
         "": "", "-rest": " --rest", "-hidden": " --hide-ends", "-reset": " --rest --reset-frac 0.5"}.items()},  # -reset: the learner acts where the expert stood
-    "inverse-control": "--algo inverseprm --iters 2 --imitate-by all --min-gap 1e9",  # what is left without the learned reward: its own admissible actions
+    "inverse-control": f"--algo inverseprm --iters 2 {CONTROL}",
     "promise": "--prm-loss promise-progress --targets td-gae",
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
     **{f"labels-{name}": f"--prm-loss promise-progress --prm-obs-weight 0 --pairs 16 {flags}" for name, flags in {  # labels compared: nothing but the PRM is trained
@@ -277,14 +278,15 @@ def reference(args):
 
 
 def pilot(args):
-    """InversePRM with the rule-based expert as demonstrator, more and more of whose actions are random; plain cloning beside it (π_0)."""
+    """InversePRM with the rule-based expert as demonstrator, more and more of whose actions are random; beside it plain cloning (π_0) and, from the same π_0, all but the learned reward."""
     cells = []
     for noise in NOISE:
-        folder = args.out / f"tiny/inverse-{noise}"
-        rows = train(folder, f"{TINY} --iters 2 --algo inverseprm --demo-noise {noise} {args.flags}")["rows"]
+        folder, control = (args.out / f"tiny/{name}-{noise}" for name in ("inverse", "control"))
+        flags = f"{TINY} --iters 2 --algo inverseprm --demo-noise {noise} {args.flags}"
+        rows = train(folder, flags)["rows"] + train(control, f"{flags} {CONTROL} --init {shlex.quote(str(folder / 'iter0/policy'))}")["rows"][1:]
         preferred = read_json(folder / "iter1/prm.json")["expert_preferred"]["to_policy"]
         cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), spread([preferred])))
-    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "f_1 prefers the expert's action to another that π_0 proposes, %"), cells))
+    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "without its reward: π_1", "π_2", "f_1 prefers the expert's action to another that π_0 proposes, %"), cells))
 
 
 FIRST = {"q-hat": q_hat, "reference": reference, "pilot": pilot}
