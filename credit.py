@@ -9,6 +9,7 @@ import torch
 from inverse_prm import learned_rewards
 from prm import actions_of, score, sigmoid, states_of
 from qestimate import returns
+from rollout import FROM_DEMONSTRATION
 
 TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}  # (K, …) -> (…)
 
@@ -56,30 +57,33 @@ def progress(M):
     return np.maximum(0, np.diff(M, prepend=M[:1]))
 
 
-def like_the_expert(trajectories, scores, gamma, hide_ends=False, rest=0.0):
+def like_the_expert(trajectories, scores, ends):
     """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it: (T,) each, the same for all its actions.
 
     r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned (with rest, what it is more than a step of rest has), scores (T,) of each rollout its f: self-imitation (as `better_than_expected`) of a return
-    that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would say nothing of the rollout.
+    that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would say nothing of the rollout. Rollouts that began
+    in the midst of a demonstration are neither compared nor imitated: they owe their return to where they began.
     """
-    learned = np.array([learned_rewards(t, f, gamma, None, hide_ends, rest)[1].sum() for t, f in zip(trajectories, scores)])
-    above = np.maximum(0, learned - learned.mean())
+    learned = np.array([(learned_rewards(t, f, ends) - (ends.rest or 0.0)).sum() for t, f in zip(trajectories, scores)])
+    whole = np.array([t.episode < FROM_DEMONSTRATION for t in trajectories])
+    above = np.maximum(0, learned - learned.mean(where=whole)) * whole if whole.any() else np.zeros(len(whole))
     return [np.full(len(t), x / max(above.sum() / max(1, (above > 0).sum()), 1e-9)) for t, x in zip(trajectories, above)]
 
 
-def worth(prms, trajectories, by, *, how, prm_loss, gamma, hide_ends, rest=0.0):
+def worth(prms, trajectories, by, *, how, prm_loss, ends):
     """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, outcome, surplus, expert, progress or all: for each trajectory (T,).
 
     What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,
     M_{t−1}, which plays V there (P2; γ M_0 for t = 0: nothing gained, nothing lost); 0 of one that compares actions of one state only.
+    `ends`: γ, and what InversePRM makes of an episode's end.
     """
-    together = TOGETHER[how]
+    together, gamma = TOGETHER[how], ends.gamma
     if by == "all":
         return [np.ones(len(t)) for t in trajectories]
     if by == "outcome":
         return [np.full(len(t), float(t.won)) for t in trajectories]
     if by == "expert":
-        return like_the_expert(trajectories, [together(np.stack(f)) for f in zip(*(score(prm, trajectories) for prm in prms))], gamma, hide_ends, rest)
+        return like_the_expert(trajectories, [together(np.stack(f)) for f in zip(*(score(prm, trajectories) for prm in prms))], ends)
     if by == "progress":
         return [progress(together(q)) for q in opinions(prms, trajectories)]
     if prm_loss == "bt":

@@ -9,6 +9,7 @@ import numpy as np
 
 from env import AlfworldEnv
 from expert import base, names, parse_task
+from rollout import MAX_ACTION
 from tokenizer import split_intro
 
 PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
@@ -49,7 +50,7 @@ def replay(game, actions):
 def with_detour(trajectory, weights, game, tokenizer, rng, longest):
     """A rollout told with a detour before one of the ways that `weights` (L,) teach, if there is one. -> (ids (L′,), starts of its own actions (T,), weights (L′,))
 
-    The detour weighs nothing. What would be more than `longest` tokens is told without.
+    The detour weighs nothing. Where no action would have room behind it any more, in `longest` tokens, it is told without.
     """
     ids, starts = trajectory.ids, trajectory.spans[:, 0]
     actions = tokenizer.actions(ids)
@@ -60,7 +61,7 @@ def with_detour(trajectory, weights, game, tokenizer, rng, longest):
         return ids, starts, weights
     k, walk = taken[0] - before, taken[1]
     between = [token for action, answer in walk for token in (*tokenizer.action(action), *tokenizer.turn(answer))]
-    if len(ids) + len(between) > longest:
+    if starts[-1] + len(between) + MAX_ACTION > longest:  # another proposal there may be as long as an action can be
         return ids, starts, weights
     at = starts[k]  # where action k begins, behind its <act>
     return np.insert(ids, at, between), starts + len(between) * (np.arange(len(starts)) >= k), np.insert(weights, at, np.zeros(len(between), weights.dtype))

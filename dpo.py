@@ -62,7 +62,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
 
     `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
-    paper's pair is two samples). States where all read the same, or where the two scores differ by no more than `min_gap`, carry
+    paper's pair is two samples; with none, all is imitation). Fewer states where episodes are shorter than `states_per_trunk`. States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
     (credit.py; less than nothing: are unlearned); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
     `sft.teller`, afterwards. `averaged`, `watch`: as in `optimise`.
@@ -107,7 +107,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
         if not picked:
             return None, metrics
         states = [(b, int(starts[b][k])) for b in range(len(picked)) for k in at[b]]
-        branches = preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
+        branches = [] if not proposals else preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
         stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)  # states: of a long trajectory as few are drawn as of a short one
         taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated, or unlearned in part
         if not branches and not taught:

@@ -4,7 +4,7 @@
     python experiments.py plain bt promise --seeds 0,1,2         # run what is missing, print the rows
     python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
 
-A run lives in runs/experiments/SEED/NAME and is resumed where it stopped; report.py and curves.py open those that have an iteration.
+A run lives in runs/experiments/SEED/NAME (the first experiments' in tiny/NAME) and is resumed where it stopped; report.py and curves.py open those that have an iteration.
 What it has in common with the plain run, it takes from there: π_0 and, of iteration 1, what no flag of its own changes.
 """
 
@@ -32,7 +32,7 @@ from sft import expert_trajectories
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
 STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last"  # as wide, and stops before it is hacked
-CONTROL = "--imitate-by all --min-gap 1e9"  # what is left of InversePRM without the learned reward: its own admissible actions
+CONTROL = "--imitate-by all --proposals 0"  # what is left of InversePRM without the learned reward: its own admissible actions, all of them, so that unlearning weighs less beside them
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
     "few": "--demos 230",  # told again and again
@@ -44,8 +44,8 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "as-published": f"{DPO_ALONE} --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",  # the paper's method alone, of 16 rollouts a game
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
-    "imitation-alone": "--min-gap 1",
-    "rejection": "--imitate-by outcome --unlearn 0 --min-gap 1e9",  # what won rollouts did, and no PRM: rejection sampling
+    "imitation-alone": "--proposals 0",
+    "rejection": "--imitate-by outcome --unlearn 0 --proposals 0",  # what won rollouts did, and no PRM: rejection sampling
     "surplus": "--imitate-by surplus",
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
@@ -91,7 +91,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
 OWN_POLICY = ("plain", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
-OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets gamma state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
+OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
@@ -103,8 +103,9 @@ NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at ra
 def train(folder, flags):
     """One run of train.py, unless it is there already. -> its result.json. UserError if what is there had other flags"""
     words = [*shlex.split(flags), "--out", str(folder)]
-    if (folder / "result.json").exists():
-        same_flags(folder, vars(parse_flags(words)))
+    flags = vars(parse_flags(words))
+    if (folder / "result.json").exists() and read_json(folder / "config.json")["flags"]["iters"] >= flags["iters"]:
+        same_flags(folder, flags)
         made, now = (read_json(folder / "config.json").get("commit"), provenance()["commit"])
         if made != now:
             print(f"{folder}: made by commit {made}; this is {now}", file=sys.stderr)
@@ -306,6 +307,8 @@ def main():
     unknown = [name for name in args.names if name not in {**ABLATIONS, **FIRST}]
     if unknown:
         raise UserError(f"{unknown[0]}: no such experiment; python experiments.py lists them")
+    if {*args.names} & {*FIRST} and args.seeds != [0]:
+        raise UserError(f"--seeds: {', '.join(FIRST)} have seed 0 alone")
     set_up_torch()
     if not args.names:
         for name, flags in ABLATIONS.items():

@@ -90,12 +90,12 @@ def parse_flags(argv=None, doc=None):
     add(g, "--prm-loss", "bce", "bce: Q near its label; bt: f higher for the better of two actions of a state; promise-progress: Q and its change near their labels",
         choices=("bce", "bt", "promise-progress"))
     add(g, "--targets", "mc", "labels of promise and progress: mc, Monte Carlo; td-gae and sarsa bootstrap on the PRM's own values", choices=("mc", "td-gae", "sarsa"))
-    add(g, "--delta", 0.03, "bt: how much better the better action must be", low=0, high=1)
+    add(g, "--delta", 0.03, "how much better the better action of a pair must be: of those that bt learns from, and that the PRM's report card asks", low=0, high=1)
     add(g, "--gae-lambda", 0.95, "td-gae, sarsa: λ", low=0, high=1)
     add(g, "--progress-weight", 1.0, "promise-progress: weight of progress", low=0)
     add(g, "--inverse-updates", 500, "inverseprm: updates")
     g.add_argument("--hide-ends", action="store_true", help="inverseprm: do not show that an episode ended by itself")
-    g.add_argument("--rest", action="store_true", help="inverseprm: an episode that ended goes on resting until the cap, which the expert does longer; without, the paper's reward")
+    g.add_argument("--rest", action="store_true", help="inverseprm: an episode that ended goes on resting, counted until the cap, which the expert does longer, and valued for ever; without, the paper's reward")
     add(g, "--state", "history", "what returns are averaged over: rollouts with the same history (the paper), or with the same state of the world (ours)", choices=("history", "world"))
     add(g, "--curiosity", 0.0, "bonus for rarely visited (s, a): this much over the root of its visits, added to Q̂", metavar="C", low=0, high=1)
     add(g, "--shape-with", None, "shape Q̂ by the values of a reference policy, which the PRM in this iteration of a run has learned, such as runs/default/iter3", metavar="DIR")
@@ -108,7 +108,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--beta", 0.03, "weight of the KL to the reference", low=1e-9)
     add(g, "--pairs", None, f"states an iteration at which the policy proposes actions; the best and the worst make a pair (default: 12,500; 50,000 from {MANY:,} rollouts on)", type=int,
         metavar="N")
-    add(g, "--proposals", 4, "actions it proposes at each (the paper: 2)", low=2)
+    add(g, "--proposals", 4, "actions it proposes at each, at least 2 (the paper); 0: no pairs, imitation alone", low=0)
     add(g, "--dpo-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
     add(g, "--dpo-temperature", 1.0, "temperature at which they are sampled, and of their log-probabilities", low=0.001, high=100)
     add(g, "--dpo-batch", 16, "trajectories an update")
@@ -151,7 +151,7 @@ def complaints(args, changed):
             ("--hide-ends", "--algo inverseprm", inverse), ("--rest", "--algo inverseprm that sees ends", inverse and not args.hide_ends), ("--targets", "--prm-loss promise-progress", promise),
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
-            ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--progress-weight", "--prm-loss promise-progress", promise),
+            ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--beta", "--proposals", args.proposals), ("--min-gap", "--proposals", args.proposals), ("--progress-weight", "--prm-loss promise-progress", promise),
             ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))
@@ -159,6 +159,7 @@ def complaints(args, changed):
     init, shape = (read_flags(Path(folder), up) for folder, up in ((args.init or "", "../.."), (args.shape_with or "", "..")))
     for wrong, complaint in (
             (args.rollouts <= episodes_of_each_game(args), f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels"),
+            (args.proposals == 1 or not (args.proposals or args.imitate), f"--proposals {args.proposals}: a pair needs two" + (", and without pairs or --imitate stage 3 learns nothing" * (not args.imitate))),
             (inverse and args.prm_loss != "bce", f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own"),
             (inverse and args.imitate_by not in (None, "all"), f"--imitate-by {args.imitate_by}: --algo inverseprm imitates by the reward it has learned from the expert"),
             (args.rest and args.gamma == 1, "--rest goes on for ever, which needs --gamma below 1"),

@@ -2,11 +2,13 @@
 
 A score f(s, a) stands for the Q of the reward that explains the expert: r(s, a) = f(s, a) − γ E[f(s', a')], a' being the *policy's*
 next action. A classifier with r as its logit learns to tell the expert's transitions from those of all learner policies so far.
-No outcome is read, neither reward nor `won`; only that an episode ended by itself, which `hide_ends` hides too.
+No outcome is read, neither reward nor `won`; only that an episode ended by itself, which `Ends` may hide too.
 
 Where expert and learner differ little, r is positive for both, and then it is f's advice to live long. With `rest` an episode that ended goes on in an
-absorbing state until the cap (Kostrikov et al. 2019): the expert rests longer than the learner, which makes resting a thing worth getting to.
+absorbing state (Kostrikov et al. 2019): until the cap, the expert rests longer than the learner, which makes resting a thing worth getting to.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,93 +18,96 @@ from common import generator, key
 from optim import optimise
 from prm import answers_loss, answers_of
 from ranks import mine, summed
+from rollout import FROM_DEMONSTRATION
 from tree import Tree, propose
 
 
-def of_rest(rest, gamma):
-    """f of resting for ever, where every step of it has the logit `rest`: Σ_k γ^k rest."""
-    return rest / (1 - gamma) if rest else 0.0
+class Ends(NamedTuple):
+    """What becomes of an episode that ended by itself: in the paper nothing, f' = 0; with `rest`, the logit of each step of it, it rests for ever. With `hide` nobody is shown that it ended."""
+    gamma: float
+    hide: bool = False
+    rest: float | None = None
+
+    def logit(self, f, f_next, ended):
+        """z = f(s, a) − γ f(s', a') of transitions (n,), tensors or arrays, where f' of an end is Σ_k γ^k rest. -> (n,)"""
+        return f - self.gamma * (~ended * f_next + ended * (self.rest / (1 - self.gamma) if self.rest else 0.0))
+
+    def transitions(self, trajectory, taught=None):
+        """The actions (n,) of a trajectory that make a transition (s, a, s', a'), and whether the episode ended with it, (n,) bool.
+
+        taught (T,) bool: actions that count, the expert's own and not its mistakes. The last action of an episode that was cut has no
+        transition, for nobody saw what comes next; nor has that of any episode with `hide`. With `rest`, which compares what goes on for ever, it is
+        taken to be followed by itself: else nothing ties f down in such an episode, and it drifts.
+        """
+        T = len(trajectory)
+        counts = np.ones(T, bool) if taught is None else taught.copy()
+        counts[T - 1] &= not self.hide and (not trajectory.truncated or self.rest is not None)
+        actions = counts.nonzero()[0]
+        return actions, (actions == T - 1) & (not trajectory.truncated)
 
 
-def inverse_loss(f, f_next, ended, expert, gamma, rest=0.0):
-    """Binary cross-entropy of expert against learner with logit z = f(s, a) − γ f(s', a') (P1, InversePRM), gradient through both terms.
-
-    f, f_next (N,): scores of a transition's action and of the next one. ended (N,) bool: the episode ended with this action, and f' is
-    that of rest, in the paper 0. expert (N,) bool: whose transition it is. -> losses (N,); z (N,), detached
-    """
-    z = f - gamma * torch.where(ended, of_rest(rest, gamma), f_next)
-    return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none"), z.detach()
-
-
-def transitions(trajectory, taught=None, hide_ends=False, rest=0.0):
-    """The actions (n,) of a trajectory that make a transition (s, a, s', a'), and whether the episode ended with it, (n,) bool.
-
-    taught (T,) bool: actions that count, the expert's own and not its mistakes. The last action of an episode that was cut has no
-    transition, for nobody saw what comes next; nor has that of any episode with `hide_ends`. With `rest`, which compares what goes on for ever, it is
-    taken to be followed by itself: else nothing ties f down in such an episode, and it drifts.
-    """
-    T = len(trajectory)
-    counts = np.ones(T, bool) if taught is None else taught.copy()
-    counts[T - 1] &= not hide_ends and (not trajectory.truncated or rest != 0)
-    actions = counts.nonzero()[0]
-    return actions, (actions == T - 1) & (not trajectory.truncated)
+def inverse_loss(z, expert):
+    """Binary cross-entropy of expert against learner (P1, InversePRM): logits z (N,) of transitions, gradient through both of its terms; expert (N,) bool: whose they are. -> losses (N,)"""
+    return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none")
 
 
 def rest_odds(demonstrations, rollouts, max_steps):
-    """The logit of one step of rest being the expert's, where transitions of either side weigh the same: the log of the ratio of both sides' steps of rest to one transition.
+    """The logit of one step of rest being the expert's, where transitions of either side weigh the same: the log of the ratio of both sides' steps of rest, up to the cap, to one transition.
 
-    All steps of rest look the same, so what a classifier would learn of them is known, and need not be learned.
-    demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a side that never ends by itself is taken to have rested once.
+    All steps of rest look the same, so what a classifier would learn of them is known, and need not be learned. Rollouts that were begun in the
+    midst of a demonstration do not count: they end early for where they began. demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a
+    side that never ends by itself is taken to have rested once.
     """
-    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(transitions(t, taught, rest=True)[0]) for t, taught in side))
-    return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts])))
+    resting = Ends(0.0, rest=0.0)
+    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(resting.transitions(t, taught)[0]) for t, taught in side))
+    return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts if t.episode < FROM_DEMONSTRATION])))
 
 
-def learned_rewards(trajectory, f, gamma, taught=None, hide_ends=False, rest=0.0):
-    """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next, and how much that is more than a step of rest has; f (T,): its scores. -> actions (n,), r − rest (n,)"""
-    actions, _ = transitions(trajectory, taught, hide_ends, rest)
-    return actions, (f - gamma * np.append(f[1:], f[-1] if trajectory.truncated else of_rest(rest, gamma)) - rest)[actions]
+def learned_rewards(trajectory, f, ends, taught=None):
+    """r(s, a) = f(s, a) − γ f(s', a') of each transition of a trajectory, a' being what was done next; f (T,): its scores. -> (n,)"""
+    actions, ended = ends.transitions(trajectory, taught)
+    return ends.logit(f[actions], f[np.minimum(actions + 1, len(f) - 1)], ended)
 
 
-def told_apart(f_expert, f_learner, gamma, hide_ends=False, rest=0.0):
-    """The learned reward r on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often the sign of r + rest is right (a coin: 0.5).
+def told_apart(f_expert, f_learner, ends):
+    """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often its sign is right (a coin: 0.5).
 
     f_expert [(Trajectory, taught (T,), f (T,))], f_learner [(Trajectory, None, f)]. What follows is what was done, the expert's own next
     action too. -> {"expert", "learner": mean r, "accuracy"}; None where a side has no transition
     """
     r = []
     for side in (f_expert, f_learner):
-        taken = [learned_rewards(t, f, gamma, taught, hide_ends, rest)[1] for t, taught, f in side]
+        taken = [learned_rewards(t, f, ends, taught) for t, taught, f in side]
         r.append(np.concatenate(taken) if sum(map(len, taken)) else None)
     if r[0] is None or r[1] is None:
         return None
-    return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] + rest > 0).mean() + (r[1] + rest <= 0).mean()) / 2)}
+    return {"expert": float(r[0].mean()), "learner": float(r[1].mean()), "accuracy": float(((r[0] > 0).mean() + (r[1] <= 0).mean()) / 2)}
 
 
-def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, updates, lr, batch, temperature, seed, state, obs_weight=0.0,
-                      hide_ends=False, rest=0.0, check=None, name="InversePRM"):
+def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, updates, lr, batch, temperature, seed, state, obs_weight=0.0, check=None,
+                      name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
     Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
     together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
-    learner did: `temperature` must be that of the rollouts. `rest`: `rest_odds`, or 0. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
+    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
     loss, of `checks.check_loss`: the classifier's own says little about the actions of one state, and without it f ranks them no better than a coin
     (LOG.md). ValueError where a side has no transitions.
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
-    pools = [[one for one in pool if len(transitions(*one[:2], hide_ends, rest)[0])] for pool in pools]
+    pools = [[one for one in pool if len(ends.transitions(*one[:2])[0])] for pool in pools]
     if batch < 2 or not all(pools):
         raise ValueError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
     # what half a batch weighs on average: by its own weight, a transition would weigh more among short episodes, which the expert's are
-    total = {expert: batch // 2 * np.mean([len(transitions(*one[:2], hide_ends, rest)[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
+    total = {expert: batch // 2 * np.mean([len(ends.transitions(*one[:2])[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
     total_answers = batch // 2 * sum(np.mean([len(answers_of(t.spans)) for t, _, _ in pool]) for pool in pools)
 
     def loss_of(step):
         rng = generator(seed, "inverse", step)
         picked = [pool[i] for pool in pools for i in rng.choice(len(pool), batch // 2, replace=len(pool) < batch // 2)]
         told = [tell(t.ids, t.game, rng) for t, _, _ in picked]
-        moves = [transitions(t, taught, hide_ends, rest) for t, taught, _ in picked]
+        moves = [ends.transitions(t, taught) for t, taught, _ in picked]
         numbers, picked, told, moves = map(mine, (range(len(picked)), picked, told, moves))
         checked, metrics = check(step) if check else (None, {})
         metrics = {f"checks/{what}": number for what, number in metrics.items()}
@@ -123,7 +128,8 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, *, gamma, upd
         ended, expert = torch.tensor(ended, device=device), torch.tensor(expert, device=device)
         f_next = at(then)
         f_next = f_next.masked_scatter(torch.tensor(asked, device=device), prm.scores(h[tree.row, tree.end]))
-        losses, z = inverse_loss(at(now), f_next, ended, expert, gamma, rest)
+        z = ends.logit(at(now), f_next, ended)
+        losses, z = inverse_loss(z, expert), z.detach()
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2
         metrics |= {"loss": summed(loss.detach()), "accuracy": (((z > 0) == expert).sum(), len(z)),
                    "reward/expert": (z[expert].sum(), int(expert.sum())), "reward/learner": (z[~expert].sum(), int((~expert).sum()))}

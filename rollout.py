@@ -19,6 +19,7 @@ from model import Cache
 from tokenizer import END, SPECIAL, split_intro
 
 MAX_ACTION = 16  # tokens, <end> included
+FROM_DEMONSTRATION = 10 ** 6  # `Trajectory.episode` of those that began at a state of a demonstration: this and what is above
 
 
 @dataclass

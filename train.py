@@ -26,12 +26,12 @@ from eval import evaluate_policy
 from expert import fit_prior
 from flags import episodes_of_each_game, parse_flags
 from games import task_folder
-from inverse_prm import rest_odds, told_apart, train_inverse_prm
+from inverse_prm import Ends, rest_odds, told_apart, train_inverse_prm
 from model import Config
 from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, states_of, train_prm
 from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
                        visit_statistics, world_keys)
-from rollout import rollout
+from rollout import FROM_DEMONSTRATION, rollout
 from runs import Run, estimate, final_table, load_games
 from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, teller, train_sft, train_tokenizer, untrained, without_hint
 from shards import play_shards, rollouts_in, sampled_tokens
@@ -80,9 +80,6 @@ def supervised(args, run, games):
                             exchange=args.exchange, detours=args.detours, steer=args.steer, noise=args.demo_noise, state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
-
-
-FROM_DEMONSTRATION = 10 ** 6  # episodes with numbers from here on began at a state of a demonstration
 
 
 def roll_out(args, run, games, i):
@@ -164,9 +161,12 @@ def stored_rollouts(args, run, i):
 def held_out(args, trajectories):
     """Task folders of the rollouts, of which no PRM sees a rollout, or in its own lessons a demonstration: a share of --held-out, at least one.
 
-    In every iteration the same, as far as they are played: what Q_1 has learned from, π_1 has imitated and Q_2 starts from.
+    In every iteration the same, as far as they are played: what Q_1 has learned from, π_1 has imitated and Q_2 starts from. Stage 3 uses all rollouts, so from
+    the second iteration on the policy that a PRM starts from has imitated won ones of these folders too: its report card is about new rollouts, not new games.
     """
     folders = sorted({task_folder(t.game) for t in trajectories}, key=lambda folder: key(f"held out {args.seed} {folder}"))
+    if len(folders) < 2:
+        raise UserError(f"all rollouts are of {folders[0]}, and some must be held out of the PRM's lessons: --rollouts or --min-games for more games")
     return set(folders[:max(1, min(round(args.held_out * len(folders)), len(folders) - 1))])
 
 
@@ -222,13 +222,16 @@ def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, poli
     (shown, expert), (fit, learner) = apart(demonstrations(args, games, tokenizer)), apart([(t, None) for t in trajectories])
     earlier, _ = apart([(t, None) for j in range(1, i) for t in stored_rollouts(args, run, j)])
     negatives = [t for t, _ in earlier + fit]
-    rest = rest_odds(shown, negatives, args.max_steps) if args.rest else 0.0
+    ends = Ends(args.gamma, args.hide_ends, rest_odds(shown, negatives, args.max_steps) if args.rest else None)
     tell = teller(games.train, tokenizer, args.exchange)
     check = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
-    log = train_inverse_prm(prm, policy, shown, negatives, tell, gamma=args.gamma, updates=args.inverse_updates, temperature=args.rollout_temperature,
-                            hide_ends=args.hide_ends, rest=rest, check=check if args.checks else None, **options)
+    log = train_inverse_prm(prm, policy, shown, negatives, tell, ends, updates=args.inverse_updates, temperature=args.rollout_temperature,
+                            check=check if args.checks else None, **options)
     sides = ([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in (expert, learner))
-    return {"told_apart": told_apart(*sides, args.gamma, args.hide_ends, rest), "rest": rest, "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
+    return {"told_apart": told_apart(*sides, ends), "rest": ends.rest, "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
+
+
+ASKED = 4  # proposals at a state, for the report card, whatever --proposals: runs are to be compared
 
 
 def expert_preferred(args, prm, policy, tokenizer, games):
@@ -240,7 +243,7 @@ def expert_preferred(args, prm, policy, tokenizer, games):
     episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, len(games.dev)), seed=args.seed, mistakes=0.0,
                                                   max_steps=args.max_steps, context=args.context)]
     chance = pair_gaps(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes])
-    gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, args.proposals, args.seed) for t in episodes])
+    gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, ASKED, args.seed) for t in episodes])
     far = {least: gaps[abs(gaps) > least] for least in (0.02, 0.05, 0.1, 0.2)}
     return {"to_chance": share_right(chance), "to_policy": share_right(gaps), "by_gap": {least: (share_right(some), len(some)) for least, some in far.items()}}
 
@@ -298,11 +301,11 @@ def improve(args, run, games, i, trajectories):
         reference, _ = read_model(run.path / f"iter{i - 1 if args.ref == 'prev' else 0}/policy", run.device)
         prms = [read_model(run.path / f"iter{i}/{name}", run.device, "score")[0] for name in prm_names(args)]
         earlier = [t for j in range(1, i) for t in stored_rollouts(args, run, j)] if args.states_of == "all" else []
-        rest = read_json(run.path / f"iter{i}/prm.json").get("rest", 0.0)
+        ends = Ends(args.gamma, args.hide_ends, read_json(run.path / f"iter{i}/prm.json").get("rest"))
 
         def weigh(some):
             """What of the rollouts is imitated, and unlearned, token by token."""
-            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, gamma=args.gamma, hide_ends=args.hide_ends, rest=rest)
+            gains = worth(prms, some, args.imitate_by, how=args.ensemble_by, prm_loss=args.prm_loss, ends=ends)
             return [imitated(t, gain, args.obs_weight, args.unlearn) for t, gain in zip(some, gains)]
 
         def stray(t, weights, rng):

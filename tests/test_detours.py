@@ -7,6 +7,7 @@ import numpy as np
 from detours import WALK, detour, replay, with_detour
 from env import AlfworldEnv
 from expert import base, names, parse_task
+from rollout import MAX_ACTION
 from tiny import expert_trajectories, games, played, tokenizer
 from tokenizer import split_intro
 
@@ -54,6 +55,16 @@ def test_no_detour_where_nothing_is_taught_or_where_it_would_be_too_long():
     for t in played():
         for ids, starts, weights, before in (told(t, longest=len(t.ids)), told(t, teaches=lambda action: not action.startswith("go to "))):
             assert (ids == t.ids).all() and (starts == t.spans[:, 0]).all() and (weights == before).all()
+
+
+def test_behind_a_detour_there_is_room_for_any_action():
+    longest, took = 200, 0
+    for seed, t in enumerate(played()):
+        if t.spans[-1, 0] + MAX_ACTION <= longest:
+            ids, starts, *_ = told(t, seed, longest)
+            took += len(ids) > len(t.ids)
+            assert starts[-1] + MAX_ACTION <= longest
+    assert took > 5
 
 
 def test_replay_says_what_was_seen():

@@ -12,7 +12,9 @@ import dpo
 from common import pad, save_model
 from credit import SETBACK, better_than_expected, imitated, like_the_expert, no_setback, progress, worth
 from dpo import dpo_loss, imitation_loss, online_dpo, unlikelihood
+from inverse_prm import Ends
 from qestimate import returns
+from rollout import FROM_DEMONSTRATION
 from sft import sft_loss
 from tiny import tell, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
@@ -223,7 +225,7 @@ def test_progress_is_what_an_action_added_and_reads_no_outcome():
 def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss, by, rule):
     """Read at the state; the promise of the action before, which plays V there, the first having neither gained nor lost; nothing of a PRM of preferences."""
     prms, some = [random_model(head="relative" if prm_loss == "bt" else "score", seed=seed, scale=0.05) for seed in (1, 2)], played()[:6]
-    gains = worth(prms, some, by, how="min", prm_loss=prm_loss, gamma=0.9, hide_ends=False)
+    gains = worth(prms, some, by, how="min", prm_loss=prm_loss, ends=Ends(0.9))
     for t, gain in zip(some, gains):
         with torch.no_grad():
             f = torch.stack([prm.scores(prm(torch.from_numpy(t.ids.astype(np.int64))[None])[0]) for prm in prms]).sigmoid().min(0).values.numpy()
@@ -234,25 +236,32 @@ def test_won_rollouts_are_measured_by_the_value_that_their_prm_knows(prm_loss, b
 
 def test_by_the_outcome_all_that_won_rollouts_did_is_imitated_and_no_prm_is_asked():
     some = [*played(), *expert_trajectories()[:10]]
-    ask = lambda by: [gain.tolist() for gain in worth([], some, by, how="mean", prm_loss="bce", gamma=0.9, hide_ends=False)]
+    ask = lambda by: [gain.tolist() for gain in worth([], some, by, how="mean", prm_loss="bce", ends=Ends(0.9))]
     assert ask("outcome") == [[float(t.won)] * len(t) for t in some] and {t.won for t in some} == {True, False}
     assert ask("all") == [[1.0] * len(t) for t in some]
 
 
-@pytest.mark.parametrize("hide_ends", (False, True))
-def test_rollouts_of_more_learned_return_are_imitated_by_how_much_it_is_more(hide_ends):
-    """Σ f − γ f', f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no reward. Outcomes are not read."""
-    some, rng = [*played(), *expert_trajectories()[:10]], np.random.default_rng(0)
+@pytest.mark.parametrize("hide, rest", ((False, None), (True, None), (False, 0.4)))
+def test_rollouts_of_more_learned_return_are_imitated_by_how_much_it_is_more(hide, rest):
+    """Σ f − γ f', f at an end; where a rollout was cut, or ends are hidden, its last action has no next one, and no reward. Outcomes are not read.
+
+    With rest, a cut rollout's last action is followed by itself, an end by Σ_k γ^k rest, and what counts is what is more than a step of rest has."""
+    some, rng, ends = [*played(), *expert_trajectories()[:10]], np.random.default_rng(0), Ends(0.9, hide, rest)
     scores = [rng.normal(size=len(t)) * 3 for t in some]
-    returns = [sum(f[k] - 0.9 * f[k + 1] for k in range(len(t) - 1)) + (0 if t.truncated or hide_ends else f[-1]) for t, f in zip(some, scores)]
-    worth_of = like_the_expert(some, scores, 0.9, hide_ends)
+    last = lambda t, f: 0 if hide or t.truncated and rest is None else f[-1] * (0.1 if t.truncated else 1) - (0 if t.truncated or rest is None else 0.9 * rest / 0.1)
+    returns = [sum(f[k] - 0.9 * f[k + 1] for k in range(len(t) - 1)) + last(t, f) - (rest or 0) * len(t) for t, f in zip(some, scores)]
+    worth_of = like_the_expert(some, scores, ends)
     above = [r - np.mean(returns) for r in returns if r > np.mean(returns)]
     for t, r, w in zip(some, returns, worth_of):
         np.testing.assert_allclose(w, [max(0, r - np.mean(returns)) / np.mean(above)] * len(t))
-    assert [w.tolist() for w in like_the_expert(some[:2], [f * 0 for f in scores[:2]], 0.9, hide_ends)] == [[0.0] * len(t) for t in some[:2]]  # nothing learned, nothing imitated
     turned = [replace(t, won=not t.won, reward=1 - t.reward) for t in some]
-    assert all((a == b).all() for a, b in zip(worth_of, like_the_expert(turned, scores, 0.9, hide_ends)))
+    assert all((a == b).all() for a, b in zip(worth_of, like_the_expert(turned, scores, ends)))
     assert {t.truncated for t in some} == {True, False}
+    midway = [replace(t, episode=FROM_DEMONSTRATION + n) for n, t in enumerate(some)]
+    both = like_the_expert(some + midway, scores + [f + 100 for f in scores], ends)
+    assert all(np.allclose(a, b) for a, b in zip(both, worth_of)) and not any(w.any() for w in both[len(some):])  # those begun in a demonstration have no part in it
+    assert not any(w.any() for w in like_the_expert(midway, scores, ends))
+    assert rest or [w.tolist() for w in like_the_expert(some[:2], [f * 0 for f in scores[:2]], ends)] == [[0.0] * len(t) for t in some[:2]]  # nothing learned, nothing imitated
 
 
 def test_the_imitation_loss_is_sfts_with_branches_or_without():
@@ -304,6 +313,8 @@ def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
     worth = lambda some: [imitated(t, better_than_expected(t, np.zeros(len(t)), 0.95), 0.3) for t in some]
     policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weigh=worth, lr=1e-2)
     assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]
+    alone, log = fit(tmp_path / "alone", None, pairs=1280, imitate=0.1, weigh=worth, lr=1e-2, proposals=0)  # no score is asked
+    assert torch.equal(weights(alone), weights(policy)) and "pairs/kept" not in log[-1]
     both, log = fit(tmp_path / "both", begins_with("open"), pairs=640, imitate=0.1, weigh=worth)
     assert "loss" in log[-1] and "imitation" in log[-1]
     assert share(taught(), "open") + 0.1 < share(both, "open")

@@ -92,6 +92,24 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
     assert experiments.train(folder, f"{flags} --threads 1") == {"rows": []}
     with pytest.raises(UserError, match="--beta 0.1 -> 0.2"):
         experiments.train(folder, "--rollouts 500 --beta 0.2")
+    with pytest.raises(UserError, match="--iters 3 -> 2"):
+        experiments.train(folder, f"{flags} --iters 2")
+
+
+def test_a_finished_run_goes_on_with_more_iterations(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"flags": vars(parse_flags(["--iters", "1"]))}))
+    (tmp_path / "result.json").write_text('{"rows": []}')
+    asked = []
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=lambda words, **_: asked.append(words) or SimpleNamespace(returncode=0)))
+    experiments.train(tmp_path, "--iters 1")
+    assert not asked
+    experiments.train(tmp_path, "--iters 2")
+    assert asked[0][2:4] == ["--iters", "2"]
+
+
+def test_first_experiments_refuse_seeds(monkeypatch, capsys):
+    done = in_process(experiments.main, ["pilot", "--seeds", "0,1"], monkeypatch, capsys)
+    assert done.returncode == 2 and "seed 0 alone" in done.stderr
 
 
 def test_a_row_is_the_mean_and_deviation_over_seeds(tmp_path):
