@@ -66,6 +66,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P", low=0, high=1)
     add(g, "--exchange", 0.3, "share of the demonstrations, and of the rollouts in training, in which the name of the wanted thing and another are exchanged throughout", metavar="P", low=0, high=1)
     add(g, "--detours", 0.5, "share of the demonstrations told with a walk that leads nowhere before one of their actions, shown and not taught", metavar="P", low=0, high=1)
+    g.add_argument("--own-names", action="store_true", help="SFT: no part of the embedding is shared among the numbers of a name, and of a number among names")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss, and in what stage 3 imitates", low=0, high=10)
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
     add(g, "--sft-weight-decay", 0.5, "weight decay: the few demonstrations are told again and again, and would be learned by heart", low=0, high=10)

@@ -13,6 +13,7 @@ Before that come glances: single turns of the same demonstrations in which nothi
 import math
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from eval import evaluate_policy
 from expert import Expert, Step, base, demonstrate, fit_prior, names, parse_task
 from games import COMPLETE, game_flags, games_for, split_dev
 from model import Config, Transformer
+from names import shared_names
 from optim import optimise
 from ranks import mine, summed
 from rollout import MAX_ACTION, Trajectory
@@ -239,8 +241,11 @@ def untrained(config, seed):
 
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
-              exchange=0.0, detours=0.0, steer=0.0, noise=0.0, weight_decay=0.01, name="SFT"):
-    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log"""
+              exchange=0.0, detours=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
+    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log
+
+    Unless `own_names`, a name's numbers share a part of their vectors meanwhile (names.py).
+    """
     steps = glanced + max(updates, demos // batch)
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
@@ -269,7 +274,8 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         right = (logits.argmax(-1) == targets)[weights == 1]
         return loss, {"loss": summed(loss.detach()), "accuracy": (right.sum(), right.numel())}
 
-    return optimise(policy, loss_of, steps, lr, state, name, weight_decay=weight_decay, averaged=0.5)
+    with nullcontext() if own_names else shared_names(policy, tokenizer, seed):
+        return optimise(policy, loss_of, steps, lr, state, name, weight_decay=weight_decay, averaged=0.5)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------
@@ -291,6 +297,7 @@ def main():
     parser.add_argument("--mistakes", type=between(0, 0.9), metavar="X", default=0.15, help="chance of a mistake at a step, shown but not taught")
     parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3, help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
     parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
+    parser.add_argument("--own-names", action="store_true", help="no part of the embedding is shared among the numbers of a name, and of a number among names")
     parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -313,7 +320,7 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed).to(device)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, weight_decay=args.weight_decay,
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, weight_decay=args.weight_decay, own_names=args.own_names,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,

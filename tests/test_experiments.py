@@ -57,7 +57,7 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
 def test_the_paper_s_baseline_tells_each_demonstration_once_and_adds_nothing_to_it(monkeypatch, tmp_path):
     for _, flags in runs_of(monkeypatch, tmp_path, "inverse", "paper"):
         assert flags.demos == 10_000 and flags.sft_updates <= flags.demos // flags.sft_batch  # train_sft: as many updates as tell each once
-        assert flags.glances == flags.exchange == flags.detours == flags.steer == 0
+        assert flags.glances == flags.exchange == flags.detours == flags.steer == 0 and flags.own_names
 
 
 @pytest.mark.parametrize("name, common", (("without-unlearning", ["rollouts", "checks", "prm"]), ("world", ["rollouts", "checks"]), ("inverse", ["rollouts", "checks"]), ("dpo-wide", ["rollouts", "checks", "prm"]),
