@@ -39,8 +39,8 @@ def test_a_vector_is_its_own_and_those_of_its_kind_and_number():
 def test_a_lesson_about_one_mug_is_one_about_all():
     model = random_model()
     before = model.model["embed_tokens"].weight.detach().clone()
-    first, second, bare = (tokenizer().hf.token_to_id(name) for name in (" desk 1", " desk 2", " desk"))
-    other = next(i for i, kind in tokenizer().base_of.items() if kind != "desk" and tokenizer().tokens[i].endswith(" 1"))
+    first, second, bare = (tokenizer().hf.token_to_id(name) for name in (" cabinet 1", " cabinet 2", " cabinet"))
+    other = next(i for i, kind in tokenizer().base_of.items() if kind != "cabinet" and tokenizer().tokens[i].endswith(" 1"))
     with shared_names(model, tokenizer(), 0):
         within = model.model["embed_tokens"].weight
         assert not torch.equal(within, before)
