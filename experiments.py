@@ -35,7 +35,7 @@ STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --d
 CONTROL = "--imitate-by all --proposals 0"  # what is left of InversePRM without the learned reward: its own admissible actions, all of them, so that unlearning weighs less beside them
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
-    "few": "--demos 230",  # told again and again
+    "few": "--demos 230 --own-names",  # told again and again; without shared names, with which they would win far more (LOG.md)
     "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
 }
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and those of the baseline; {home} is the folder of the seed's runs
