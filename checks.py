@@ -46,7 +46,7 @@ def wrong(action, text, tokenizer, rng):
 def check_loss(prm, tokenizer, demonstrations, tell, batch, rng):
     """f higher behind an action of a demonstration than behind a wrong one, by `bt_loss`. -> scalar or None, {metric: (sum, count)}
 
-    Of `batch` of the demonstrations [(Trajectory, taught (T,))] that rng draws, told by `tell` (`sft.teller`) with any numbers, all actions but mistakes.
+    Of `batch` of the demonstrations [(Trajectory, taught (T,))] that rng draws, told by `tell` (`tellings.teller`) with any numbers, all actions but mistakes.
     """
     texts, pairs = [], []  # of each demonstration: ids; [(start, end of the action, ids of a wrong one)]
     for i in rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch):

@@ -1,7 +1,7 @@
 """Walks that lead nowhere, told in an episode and not taught.
 
 Where a policy loses it goes, mostly, where it has been (LOG.md). Few episodes show how one leaves such a walk, for those worth imitating
-hold none: demonstrations (sft.py) and won rollouts (dpo.py) are therefore told with one, a new one each time. What is taught is as right
+hold none: demonstrations (tellings.py) and won rollouts (dpo.py) are therefore told with one, a new one each time. What is taught is as right
 behind it as it was, so this asks for no further demonstration or rollout; only the world is asked what it answers on the way.
 """
 

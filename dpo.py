@@ -65,7 +65,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     paper's pair is two samples; with none, all is imitation). Fewer states where episodes are shorter than `states_per_trunk`. States where all read the same, or where the two scores differ by no more than `min_gap`, carry
     no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
     (credit.py; less than nothing: are unlearned); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
-    `sft.teller`, afterwards. `averaged`, `watch`: as in `optimise`.
+    `tellings.teller`, afterwards. `averaged`, `watch`: as in `optimise`.
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device

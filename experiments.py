@@ -27,7 +27,7 @@ from games import games_for, split_dev
 from qestimate import held_out_check, history_keys, q_table, visit_statistics, world_keys
 from rollout import action_logprobs, rollout
 from runs import provenance, same_flags
-from sft import expert_trajectories
+from tellings import expert_trajectories
 
 DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps

@@ -146,7 +146,7 @@ def promise_and_progress(trajectories, targets, beta):
 def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, state, value=None, obs_weight=0.0, name="PRM"):
     """Fit f to an Objective over the trajectories, to another one for the states' values, and `obs_weight` times the world's answers. -> log.
 
-    tell(ids, game id, rng) -> ids: how a trajectory is told this time (`sft.teller`), with other names, under which its labels stay.
+    tell(ids, game id, rng) -> ids: how a trajectory is told this time (`tellings.teller`), with other names, under which its labels stay.
     """
     steps = max(1, round(epochs * -(-len(trajectories) // batch)))
     plan = [i for _, i in zip(range(steps), batches(len(trajectories), batch, generator(seed, "prm")))]

@@ -33,8 +33,9 @@ from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of
                        visit_statistics, world_keys)
 from rollout import FROM_DEMONSTRATION, rollout
 from runs import Run, estimate, final_table, load_games
-from sft import against_chance, against_policy, expert_trajectories, hinted, receptacle_types, teller, train_sft, train_tokenizer, untrained, without_hint
+from sft import against_chance, against_policy, train_sft, train_tokenizer, untrained
 from shards import play_shards, rollouts_in, sampled_tokens
+from tellings import expert_trajectories, hinted, receptacle_types, teller, without_hint
 from tokenizer import Tokenizer, split_intro
 
 

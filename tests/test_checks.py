@@ -6,7 +6,7 @@ import torch
 
 from checks import train_checks, wrong
 from prm import bt_loss
-from sft import expert_trajectories
+from tellings import expert_trajectories
 from tiny import tell, games, prior, random_model, tokenizer
 from tokenizer import END
 

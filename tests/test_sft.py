@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from common import key
 from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
-from sft import (against_chance, against_policy, demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sft_loss, teller, tellings, train_sft, train_tokenizer,
-                 strayed, without_hint)
+from sft import against_chance, against_policy, sft_loss, train_sft, train_tokenizer
 from sft import main as sft_main
+from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, strayed, teller, tellings, without_hint
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
 from tree import propose

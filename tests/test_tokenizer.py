@@ -9,7 +9,7 @@ import pytest
 from common import save_model
 from env import AlfworldEnv
 from expert import Expert, demonstrate
-from sft import demonstration_tokens
+from tellings import demonstration_tokens
 from tiny import games, played, prior, random_model, tokenizer
 from tokenizer import ACT, CHARACTERS, END, OBS, SPECIAL, TASK, UNK, Tokenizer, split_intro
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import sft
+import tellings
 from common import command_line
 from expert import fit_prior
 from games import generated_split
@@ -46,7 +46,7 @@ def tokenizer():
 @lru_cache
 def tell():
     """As stages 2 and 3 tell an episode, numbers alone."""
-    return sft.teller(games(), tokenizer(), 0.0)
+    return tellings.teller(games(), tokenizer(), 0.0)
 
 
 def as_it_is(ids, game, rng, any_number=False):
@@ -90,7 +90,7 @@ def played():
 @lru_cache
 def demonstrations():
     """[(Trajectory, taught)]: what the expert leaves, mistakes included; most are won."""
-    return sft.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)
+    return tellings.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)
 
 
 def expert_trajectories():
