@@ -50,6 +50,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
     "own-names": "--own-names",
+    "what-ifs": "--what-ifs 0.3",
     "little-decay": "--sft-weight-decay 0.01",
     "without-detours": "--detours 0 --imitate-detours 0",
     "without-unlearning": "--unlearn 0",
@@ -91,7 +92,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "own-names", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OWN_POLICY = ("plain", "own-names", "what-ifs", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments

@@ -12,7 +12,7 @@ from env import AlfworldEnv
 from expert import Expert, demonstrate, parse_task
 from sft import against_chance, against_policy, sft_loss, train_sft, train_tokenizer
 from sft import main as sft_main
-from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, strayed, teller, tellings, without_hint
+from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, strayed, teller, tellings, what_if, without_hint
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
 from tree import propose
@@ -319,3 +319,37 @@ def test_a_curve_is_not_trained_twice_nor_continued_with_other_flags(tmp_path, m
     assert_refused(told("--demos", "4", "--updates", "2"), "--updates 1 -> 2", "another --out")
     for flag, value in (("--temperature", "-1"), ("--mistakes", "7"), ("--lr", "-1"), ("--seed", "-4"), ("--obs-weight", "nan"), ("--detours", "2"), ("--curve", "4,x"), ("--glances", "-1")):
         assert_refused(told(flag, value), flag)
+
+
+def test_a_what_if_is_the_story_up_to_a_glance_and_what_is_right_there():
+    things, kinds = sorted({parse_task(game.task).object for game in games()}), []
+    for number in range(120):
+        game, demo = demonstration(AlfworldEnv(30), games(), prior(), number, 0, 0.2)
+        told = what_if(game, demo, tokenizer(), things, np.random.default_rng(number), 0.3)
+        if told is None:
+            continue
+        ids, weights = told
+        task, own = parse_task(game.task), demonstration_tokens(demo, tokenizer(), 0.3)
+        acts = np.nonzero(ids == ACT)[0]
+        k = len(acts) - 2  # the step that looks
+        before = int(np.nonzero(ids == END)[0][k]) + 1  # the answer to it begins here
+        assert np.array_equal(ids[:before], own[0][:before]) and np.array_equal(weights[:before], own[1][:before])  # so far it is the same story
+        assert not weights[before:acts[-1] + 1].any() and (weights[acts[-1] + 1:] == 1).all()
+        seen, real = tokenizer().decode(ids[before:acts[-1]]), demo.steps[k].observation
+        assert seen != real and (f" a {task.object} " in seen) != (f" a {task.object} " in real) and seen.count(" a ") == real.count(" a ")
+        if f" a {task.object} " in seen:
+            (action,) = tokenizer().actions(ids[acts[-1]:])
+            thing, place = action.removeprefix("take ").split(" from ")
+            assert thing.startswith(f"{task.object} ") and f" a {thing}" in seen and demo.steps[k].action.endswith(f" {place}")
+        else:
+            assert tokenizer().decode(ids[acts[-1] + 1:]) in ("go to", "open")
+        kinds.append(f" a {task.object} " in seen)
+    assert 20 < sum(kinds) < len(kinds) - 10
+
+
+def test_a_share_of_the_tellings_are_what_ifs():
+    options = dict(demos=40, seed=0, mistakes=0.1, obs_weight=0.3, max_steps=20)
+    none, some, every = ([ids.tolist() for ids, _ in tellings(games(), prior(), tokenizer(), range(60), what_ifs=p, **options)] for p in (0, 0.5, 1))
+    same = sum(a == b for a, b in zip(none, some))
+    assert 15 < same < 50 and same > sum(a == b for a, b in zip(none, every))
+    assert all(b == a or b == c for a, b, c in zip(none, some, every))
