@@ -45,6 +45,7 @@ class Task(NamedTuple):
     place: str  # where to put it; for look: the lamp
 
 
+@lru_cache(maxsize=None)  # every telling of a demonstration asks for the tasks of all games
 def parse_task(sentence):
     """"put a clean mug in desk." -> Task("clean", "mug", "desk"). Raises ValueError for what is no task of ALFWorld."""
     for kind, template in TASKS:
