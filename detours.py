@@ -18,21 +18,24 @@ PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
 def detour(game, actions, answers, ways, rng):
     """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers. -> (that number, [(action, answer), …]) or None
 
-    The walk is among places that the episode does not go to from there on, or has been to. One that comes upon the wanted thing is not told, for then
+    The walk is among places of kinds that the episode does not go to from there on, and those of the others that it was at last, so that the demonstrator goes on as it
+    would have (`Expert._search`). One that comes upon the wanted thing is not told, for then
     taking it would be right, nor one that ends where the thing could be put as well, nor one after which the world answers otherwise.
     """
     if not ways:
         return None
     k = ways[rng.integers(len(ways))]
     task, view = split_intro(game.intro)
-    been, later = set(actions[:k]), set(actions[k:])
-    pool = [way for way in (f"go to {place}" for place in names(view)) if way not in later or way in been and way != actions[k]]
+    been, kind = set(actions[:k]), lambda way: base(way.removeprefix("go to "))
+    later = {kind(way) for way in actions[k:] if way.startswith("go to ")}
+    last_of = {kind(way): way for way in actions[:k] if way.startswith("go to ")}
+    pool = [way for way in (f"go to {place}" for place in names(view)) if way != actions[k] and (kind(way) not in later or last_of.get(kind(way)) == way)]
     if not pool:
         return None
     among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
     walk = [str(among[rng.integers(len(among))]) for _ in range(rng.integers(1, WALK + 1))]
     task = parse_task(task)
-    if base(walk[-1].removeprefix("go to ")) == base(actions[k].removeprefix("go to ")) == task.place:
+    if kind(walk[-1]) == kind(actions[k]) == task.place:
         return None
     seen = replay(game, [*actions[:k], *walk, *actions[k:]])
     before, on_it, after = np.split(np.array(seen, object), [k, k + len(walk)])

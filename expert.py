@@ -7,7 +7,7 @@ whatever was played before: its own mistakes, or another policy's actions.
 
 It exists to be imitated by a small model that sees the transcript alone. So what it does is a function of the transcript, and as
 systematic as could be: for each wanted object a fixed order of receptacle types, within a type the order of the first
-observation, and of several wanted objects in view the first. It ignores the list of admissible commands, for a policy that does
+observation, on from where it was last (so that a detour changes nothing), and of several wanted objects in view the first. It ignores the list of admissible commands, for a policy that does
 not see it could not tell why. What no transcript explains (`order_noise`) is off unless asked for.
 """
 
@@ -108,6 +108,7 @@ class Expert:
         self.task = parse_task(task)
         self.rooms = names(observation.partition("Your task is to:")[0])  # all receptacles, as listed
         self.unseen = set(self.rooms)  # receptacles whose contents were never seen
+        self.last_of = {}  # kind of receptacle -> the one of them gone to last
         self.contents = {}  # receptacle -> what it is believed to hold
         self.is_open = {}  # receptacle -> bool, where that was said
         self.place = {}  # receptacle -> its location, known by the first receptacle met there: several can share one
@@ -142,6 +143,7 @@ class Expert:
             return
         if verb == "go":
             self.here = self.place.setdefault(last, last)
+            self.last_of[base(last)] = last
         elif verb == "look" and self.here:
             self.place.update(dict.fromkeys(names(observation.partition(".")[0]), self.here))
         elif last in self.rooms:  # what can be handled is within reach
@@ -223,10 +225,13 @@ class Expert:
         return None if self.is_open.get(receptacle, looks_open) else f"open {receptacle}"
 
     def _search(self, word):
-        """Look into the likeliest receptacle not yet seen."""
+        """Look into the likeliest kind of receptacle not yet seen, as listed, on from the one of them gone to last."""
         if not self.unseen:  # beliefs must be wrong somewhere: look again
             self.unseen = set(self.rooms)
-        receptacle = next(r for r in self._order(word) if r in self.unseen)
+        left = [r for r in self._order(word) if r in self.unseen]
+        left = [r for r in left if base(r) == base(left[0])]
+        last = self.last_of.get(base(left[0]), left[0])
+        receptacle = next((r for r in left if self.rooms.index(r) >= self.rooms.index(last)), left[0])
         return self._reach(receptacle) or f"examine {receptacle}"
 
     def _order(self, word):

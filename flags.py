@@ -66,7 +66,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P", low=0, high=1)
     add(g, "--exchange", 0.3, "share of the demonstrations, and of the rollouts in training, in which the name of the wanted thing and another are exchanged throughout", metavar="P", low=0, high=1)
     add(g, "--detours", 0.5, "share of the demonstrations told with a walk that leads nowhere before one of their actions, shown and not taught", metavar="P", low=0, high=1)
-    add(g, "--what-ifs", 0.0, "SFT: share of the demonstrations told up to a glance at what might have been there instead: the wanted thing, or another", metavar="P", low=0, high=1)
+    add(g, "--sparse", 0.7, "SFT: share of the demonstrations told in a room with less in it of what they do not need, another each time", metavar="P", low=0, high=1)
     g.add_argument("--own-names", action="store_true", help="SFT: no part of the embedding is shared among the numbers of a name, and of a number among names")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss, and in what stage 3 imitates", low=0, high=10)
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
@@ -164,7 +164,6 @@ def complaints(args, changed):
             (args.proposals == 1 or not (args.proposals or args.imitate), f"--proposals {args.proposals}: a pair needs two" + (", and without pairs or --imitate stage 3 learns nothing" * (not args.imitate))),
             (inverse and args.prm_loss != "bce", f"--prm-loss {args.prm_loss}: --algo inverseprm has a loss of its own"),
             (inverse and args.imitate_by not in (None, "all"), f"--imitate-by {args.imitate_by}: --algo inverseprm imitates by the reward it has learned from the expert"),
-            (args.what_ifs and args.demo_noise, "--what-ifs teaches what would have been right, --demo-noise what was done: one of them"),
             (args.rest and args.gamma == 1, "--rest goes on for ever, which needs --gamma below 1"),
             (inverse and args.prm_batch < 2, f"--prm-batch {args.prm_batch}: --algo inverseprm needs a trajectory of the expert's and one of the learner's in each"),
             (args.state == "world" and (inverse or bootstrapped), "--state world changes Monte Carlo labels: neither --algo inverseprm nor --targets td-gae has any"),

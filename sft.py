@@ -80,7 +80,7 @@ def untrained(config, seed):
 
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
-              exchange=0.0, detours=0.0, what_ifs=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
+              exchange=0.0, detours=0.0, sparse=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
     """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log
 
     Unless `own_names`, a name's numbers share a part of their vectors meanwhile (names.py).
@@ -94,7 +94,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
         if step < glanced:
             return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
         first = (step - glanced) * batch
-        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, what_ifs=what_ifs, steer=steer, **options)
+        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, sparse=sparse, steer=steer, **options)
         return [(ids[:longest], weights[:longest]) for ids, weights in episodes]
 
     def loss_of(step):
@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--mistakes", type=between(0, 0.9), metavar="X", default=0.15, help="chance of a mistake at a step, shown but not taught")
     parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3, help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
     parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
-    parser.add_argument("--what-ifs", type=between(0, 1), metavar="X", default=0.0, help="share of the demonstrations told up to a glance at what might have been there instead")
+    parser.add_argument("--sparse", type=between(0, 1), metavar="X", default=0.7, help="share of the demonstrations told in a room with less in it of what they do not need")
     parser.add_argument("--own-names", action="store_true", help="no part of the embedding is shared among the numbers of a name, and of a number among names")
     parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
@@ -160,7 +160,7 @@ def main():
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed).to(device)
             train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, what_ifs=args.what_ifs, weight_decay=args.weight_decay, own_names=args.own_names,
+                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, sparse=args.sparse, weight_decay=args.weight_decay, own_names=args.own_names,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,

@@ -3,13 +3,14 @@ and not taught, and in glances, single turns in which nothing but looking helps.
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
 from common import generator
 from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
-from expert import Expert, Step, base, demonstrate, names, parse_task
+from expert import TOOLS, Expert, Step, base, demonstrate, names, parse_task
 from rollout import MAX_ACTION, Trajectory
 from tokenizer import ACT, END, OBS, TASK, split_intro
 
@@ -55,40 +56,24 @@ def strayed(game, demo, rng):
     return demo._replace(steps=[*demo.steps[:k], *(Step(*turn, False) for turn in walk), *demo.steps[k:]])
 
 
-def what_if(game, demo, tokenizer, things, rng, obs_weight):
-    """A demonstration up to a glance in its midst, told the other way round: what it looks for is put among what it sees there, or another of the `things` in its
-    place, and what is right then is taught: to take it; of looking elsewhere, the verb. -> ids, weights as of `demonstration_tokens`, or None if it never looks
+LISTED = re.compile(r"you see (a \w+ \d+(?:, (?:and )?a \w+ \d+)*)\.")
 
-    Where the eye says otherwise than what is usual, and than the story does that one knows by heart, only looking helps: `glances` in the midst of an episode.
-    What is put there weighs nothing, for nobody can foretell it.
+
+def sparser(game, demo, rng):
+    """The same demonstration in a room with less in it: of the places and things that neither its actions name nor the task is about, a share is left. -> Demonstration
+
+    What is right stays right, as the expert would have passed over them. But a game is no longer known by its room, nor a place by where it stands in the
+    list, so what to do is less easily learned by heart than by looking (LOG.md).
     """
-    task, steps = parse_task(game.task), demo.steps
-    taking = next((k for k, step in enumerate(steps) if step.action.startswith("take ")), len(steps))
-    at = [re.fullmatch("(?:go to|open) (.+)", step.action) for step in steps[:taking]]
-    looks = [k for k in range(taking) if at[k] and "you see a " in steps[k].observation and base(at[k][1]) != task.place]
-    sees = [k for k in looks if f" a {task.object} " in steps[k].observation]
-    found = [k for k in sees if k + 1 == taking < len(steps) and steps[taking].trained]
-    sides = [side for side in (found, [k for k in looks if k not in sees]) if side]
-    if not sides:
-        return None
-    side = sides[rng.integers(len(sides))]
-    k = side[rng.integers(len(side))]
-    any_one = lambda name: f"{name} {rng.integers(1, 1 + max(1, min(game.counts.get(name, 1), len(tokenizer.instances(name)))))}"
-    view, _, seen = steps[k].observation.partition("you see ")
-    if side is found:
-        others = [name for name in things if name != task.object]
-        other, action = others[rng.integers(len(others))], steps[k].action
-        seen = re.sub(rf"a {task.object} \d+", lambda _: f"a {any_one(other)}", seen)
-    else:
-        gone = list(re.finditer(r"a \w+ \d+", seen))
-        gone, wanted = gone[rng.integers(len(gone))], any_one(task.object)
-        seen, action = f"{seen[:gone.start()]}a {wanted}{seen[gone.end():]}", f"take {wanted} from {at[k][1]}"
-    answer = f"{view}you see {seen}"
-    ids, weights = demonstration_tokens(demo._replace(steps=[*steps[:k], steps[k]._replace(observation=answer), Step(action, "", True)]), tokenizer, obs_weight)
-    acts = len(ids) - len(tokenizer.action(action))  # place of the action
-    weights[acts - len(tokenizer.turn(answer)):acts] = 0
-    end = acts + 1 if side is found else len(ids)  # the way elsewhere is anybody's guess
-    return ids[:end], weights[:end]
+    task, named, kept = parse_task(game.task), {name for step in demo.steps for name in names(step.action)}, rng.random()
+    stays = lru_cache(None)(lambda name: name in named or base(name) in (task.place, TOOLS.get(task.kind)) or rng.random() < kept)
+
+    def fewer(match):
+        left = [f"a {name}" for name in names(match[1]) if stays(name)]
+        return f"you see {', '.join([*left[:-1], ('and ' if left[1:] else '') + left[-1]]) if left else 'nothing'}."
+
+    tell = lambda text: LISTED.sub(fewer, text)
+    return demo._replace(observation=tell(demo.observation), steps=[step._replace(observation=tell(step.observation)) for step in demo.steps])
 
 
 # --- steered exploration: a strategy in the prompt, learned here, asked for in rollouts, unknown to the PRM and in evaluation ----------
@@ -161,15 +146,14 @@ def teller(games, tokenizer, exchange):
     return tell
 
 
-def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, what_ifs=0.0, steer=0.0,
+def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_weight, max_steps, exchange=0.0, detours=0.0, sparse=0.0, steer=0.0,
              noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
-    exchange: as in `teller`. detours: the share of them told with a detour, another each time. what_ifs: the share told up to a `what_if`. steer: the share of them in which the expert follows a strategy
+    exchange: as in `teller`. detours: the share of them told with a detour, another each time. sparse: the share of them told in a `sparser` room, another each time. steer: the share of them in which the expert follows a strategy
     that the prompt names; it plays each of these anew.
     """
     env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, exchange)
-    things = sorted({parse_task(game.task).object for game in games})
     for number in numbers:
         time, place = divmod(number, demos)
         rng = generator(seed, "steer", number)
@@ -178,9 +162,10 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
         around = generator(seed, "detour", number)
         if around.random() < detours:
             demo = strayed(game, demo, around)
-        rng = generator(seed, "what if", number)
-        other = what_if(game, demo, tokenizer, things, rng, obs_weight) if rng.random() < what_ifs else None
-        ids, weights = other or demonstration_tokens(demo, tokenizer, obs_weight)
+        around = generator(seed, "sparse", number)
+        if around.random() < sparse:
+            demo = sparser(game, demo, around)
+        ids, weights = demonstration_tokens(demo, tokenizer, obs_weight)
         out.append((tell(ids, game.id, generator(seed, "numbers", number)), weights))
     return out
 

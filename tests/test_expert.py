@@ -88,6 +88,20 @@ def test_it_searches_where_the_prior_says_and_opens_what_is_closed():
          prior={"mug": {"cabinet": 0.1, "desk": 0.05}})
 
 
+def test_it_goes_on_from_where_it_was_led_and_comes_back_for_the_rest():
+    expert = Expert({"mug": {"cabinet": 1, "desk": 0.5}})
+    script = Script("put some mug on sofa.", rooms="a cabinet 4, a cabinet 3, a cabinet 2, a cabinet 1, a desk 1, and a sofa 1")
+    expert.reset(script.game.task, script.first)
+    nothing = lambda name: f"You arrive at {name}. On the {name}, you see nothing."
+    expert.observe("go to cabinet 2", nothing("cabinet 2"))
+    expert.observe("go to sofa 1", nothing("sofa 1"))
+    assert expert.act() == "go to cabinet 1"
+    assert expert.act("You arrive at cabinet 1. The cabinet 1 is closed.") == "open cabinet 1"
+    assert expert.act("You open the cabinet 1. The cabinet 1 is open. In it, you see nothing.") == "go to cabinet 4"
+    assert expert.act(nothing("cabinet 4")) == "go to cabinet 3"
+    assert expert.act(nothing("cabinet 3")) == "go to desk 1"
+
+
 def test_two_receptacles_at_one_location():
     """`go to` fails for what is already within reach; a cabinet may have no door."""
     play(Script("look at mug under the desklamp.",
