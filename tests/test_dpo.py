@@ -69,7 +69,7 @@ def test_the_loss_and_its_gradient_are_trls(monkeypatch, tmp_path):
     pi, ref = (tree.logprobs(model, 1.0).view(-1, 2) for model in (policy, reference))
     ours = dpo_loss(pi[:, 0], pi[:, 1], ref.detach()[:, 0], ref.detach()[:, 1], 0.1)[0].mean()
     ours.backward()
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4) and abs(ours.item() - math.log(2)) > 0.05
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4) and abs(ours.item() - math.log(2)) > 0.03
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     for name, p in policy.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-4 * float(p.grad.abs().max()), rtol=1e-2)

@@ -131,7 +131,7 @@ def test_look_ahead_plays_the_action_whose_imagined_future_scores_highest(candid
     longest, context = search.MAX_ANSWER, 130 + 26 * depth if little else 1024
     policy = random_model(1, context=context) if little else taught()
     model, ranks, depths = random_model(head="score"), Counter(), Counter()
-    trajectories = play(policy, some(3, 1), temperature=0.9, max_steps=4, seed=5, choose=best_of_n(model, 3, depth))
+    trajectories = play(policy, some(3 if little else 8, 1), temperature=0.9, max_steps=4, seed=5, choose=best_of_n(model, 3, depth))
     for t in trajectories:
         for k, (start, end) in enumerate(t.spans):
             name, q, texts = (key(t.game), t.episode, k), [], {}
