@@ -35,7 +35,7 @@ STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --d
 CONTROL = "--imitate-by all --proposals 0"  # what is left of InversePRM without the learned reward: its own admissible actions, all of them, so that unlearning weighs less beside them
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
-    "few": "--demos 230 --own-names --sparse 0",  # told again and again; without shared names and sparser rooms, with which they would win far more (LOG.md)
+    "few": "--demos 230 --own-names --sparse 0 --glances 300 --searches 0",  # told again and again; without shared names, sparser rooms and searches, with which they would win far more (LOG.md)
     "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sparse 0 --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
 }
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and those of the baseline; {home} is the folder of the seed's runs
@@ -51,6 +51,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "without-exchange": "--exchange 0",
     "own-names": "--own-names",
     "sparse": "--sparse 0.7",
+    "searches": "--glances 400 --searches 60",
     "little-decay": "--sft-weight-decay 0.01",
     "without-detours": "--detours 0 --imitate-detours 0",
     "without-unlearning": "--unlearn 0",
@@ -92,11 +93,11 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "own-names", "sparse", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OWN_POLICY = ("plain", "own-names", "sparse", "searches", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
-TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
+TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --searches 0 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
        "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
 OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
 NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random

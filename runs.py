@@ -197,11 +197,11 @@ def estimate(args, run, games):
         return (time.monotonic() - start) / 3 / ids.numel()
 
     train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
-    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400; sampling a token costs about half of training on it
+    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400, and 100 a search; sampling a token costs about half of training on it
     per_rollout, a_check = 140 * train, args.check_batch * 200 * train
     lessons = (args.inverse_updates * (args.prm_batch * 250 * train + a_check * bool(args.checks)) if args.algo == "inverseprm" else
                args.rollouts * 250 * args.prm_epochs * train)
-    stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * 2400) * train * (not args.init),
+    stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * (2400 + 100 * args.searches)) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "forks": args.iters * args.rollouts * args.forks * 10 * per_rollout,  # behind each of 13 actions, and three quarters as long
               "checks": args.iters * args.checks * a_check,

@@ -7,7 +7,8 @@ What a small model needs is many updates, not many demonstrations: `--demos` of 
 are done, each time with other instance numbers, because copying "the number that was seen" is what it finds hardest.
 
 Before that come glances: single turns of the same demonstrations in which nothing but looking helps. Without them the question
-"is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md).
+"is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md). With them come searches:
+rooms gone through from place to place as listed, without which a policy goes where it has been.
 """
 
 import math
@@ -29,7 +30,7 @@ from names import shared_names
 from optim import optimise
 from ranks import mine, summed
 from runs import settle_flags
-from tellings import GLANCES, glances, tellings
+from tellings import GLANCES, glances, searches, tellings
 from tokenizer import PAD, Tokenizer, split_intro
 from tree import distinct, propose
 
@@ -80,8 +81,8 @@ def untrained(config, seed):
 
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
-              exchange=0.0, detours=0.0, sparse=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
-    """Train on `glanced` updates of glances, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log
+              searched=0, exchange=0.0, detours=0.0, sparse=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
+    """Train on `glanced` updates of glances and of `searched` searches, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log
 
     Unless `own_names`, a name's numbers share a part of their vectors meanwhile (names.py).
     """
@@ -90,15 +91,15 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps, noise=noise)
 
-    def episodes_of(step):
+    def lessons_of(step):
         if step < glanced:
-            return glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
+            looks = glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
+            return looks + searches(games, tokenizer, range(step * searched, (step + 1) * searched), demos=demos, seed=seed)
         first = (step - glanced) * batch
-        episodes = tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, sparse=sparse, steer=steer, **options)
-        return [(ids[:longest], weights[:longest]) for ids, weights in episodes]
+        return tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, sparse=sparse, steer=steer, **options)
 
     def loss_of(step):
-        episodes = episodes_of(step)
+        episodes = [(ids[:longest], weights[:longest]) for ids, weights in lessons_of(step)]
         total = float(sum(weights[1:].sum() for _, weights in episodes))  # of the batch; this rank has a part of it
         episodes = mine(episodes)
         if not episodes:
@@ -123,7 +124,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--demos", type=int, default=400, help="demonstrations")
     parser.add_argument("--updates", type=int, default=1500, help="updates at least; demonstrations are told again with other numbers")
-    parser.add_argument("--glances", type=int, default=300, help="updates before them on single turns of the demonstrations")
+    parser.add_argument("--glances", type=int, default=400, help="updates before them on single turns of the demonstrations")
+    parser.add_argument("--searches", type=int, default=60, help="rooms of the demonstrations gone through in order, told in each of these updates too")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
     game_flags(parser, "dev")
@@ -146,8 +148,8 @@ def main():
         curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
     except ValueError:
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
-    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or args.glances < 0:
-        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances at least 0")
+    if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or min(args.glances, args.searches) < 0:
+        raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances and --searches at least 0")
     set_up_torch()
     device = pick_device(args.device)
     train, _ = split_dev(games_for(args.games, args.data, "train", COMPLETE["train"])[0])
@@ -159,7 +161,7 @@ def main():
         folder = Path(args.out, f"{demos}")
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed).to(device)
-            train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, lr=args.lr, batch=args.batch, seed=args.seed,
+            train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, searched=args.searches, lr=args.lr, batch=args.batch, seed=args.seed,
                       mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, sparse=args.sparse, weight_decay=args.weight_decay, own_names=args.own_names,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 from common import generator
 from detours import detour
 from env import NOTHING_HAPPENS, AlfworldEnv
-from expert import TOOLS, Expert, Step, base, demonstrate, names, parse_task
+from expert import TOOLS, Demonstration, Expert, Step, base, demonstrate, names, parse_task
 from rollout import MAX_ACTION, Trajectory
 from tokenizer import ACT, END, OBS, TASK, split_intro
 
@@ -33,14 +33,19 @@ def demonstration_tokens(demo, tokenizer, obs_weight):
     return np.array(ids), np.array(weights, np.float32)
 
 
+def game_of(games, number, seed):
+    """The game of demonstration `number`: in shuffled order, each once before any twice."""
+    lap, place = divmod(number, len(games))
+    return games[generator(seed, "demo order", lap).permutation(len(games))[place]]
+
+
 def demonstration(env, games, prior, number, seed, mistakes, steer=None, noise=0.0):
-    """Demonstration `number`: a game in shuffled order (each once before any twice), played by the expert. -> (Game, Demonstration)
+    """Demonstration `number`, played by the expert. -> (Game, Demonstration)
 
     steer: a generator that picks a receptacle type for the expert to search first, which the task then tells (`hinted`). mistakes, noise:
     as in `demonstrate`.
     """
-    lap, place = divmod(number, len(games))
-    game = games[generator(seed, "demo order", lap).permutation(len(games))[place]]
+    game = game_of(games, number, seed)
     rng, first = generator(seed, "demo", number), steer and steer.choice(receptacle_types(game))
     demo = demonstrate(env, game, Expert(prior, rng, first=first), rng, mistakes=mistakes, max_steps=env.max_steps, noise=noise)
     return game, demo._replace(observation=hinted(demo.observation, first)) if first else demo
@@ -194,4 +199,40 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
                 out.append((ids, np.repeat(np.float32([0, 1, 0]), [len(prompt), taught, len(action) - taught])))
             if step.trained and taking:
                 break
+    return out
+
+
+CHAIN = 7  # places of a search, at most
+
+
+def searches(games, tokenizer, numbers, *, demos, seed):
+    """Rooms of the demonstrations gone through as the demonstrator would who finds nothing: <task> … the room <act> go to a place <obs> … <act> go to the next of its kind as listed.
+
+    In whole episodes this step is rare, and hardly learned (LOG.md): the policy then goes back to where it has been. Here it is all that is taught, of any kind of place, from any
+    of its places on, in a `sparser` room with any numbers. No demonstration more is asked for: that the demonstrator goes through a kind as listed is taken for granted,
+    and the world says what is there. The first place is shown and not taught; the search ends where it comes upon the wanted thing, or cannot go on as it is there already. -> [(ids, weights)]
+    """
+    env, out, tell = AlfworldEnv(2 * CHAIN), [], teller(games, tokenizer, 1.0)
+    for number in numbers:
+        rng = generator(seed, "search", number)
+        game = game_of(games, int(rng.integers(demos)), seed)
+        task, view = split_intro(game.intro)
+        rooms, wanted = names(view), parse_task(task).object
+        starts = [i for i, (place, following) in enumerate(zip(rooms, rooms[1:])) if base(place) == base(following)]
+        if not starts:
+            continue
+        first = starts[rng.integers(len(starts))]
+        places = [place for place in rooms[first:first + CHAIN] if base(place) == base(rooms[first])]
+        steps = []
+        env.reset(game)
+        for place in places:
+            for verb in ("go to", "open"):
+                if verb == "go to" or steps[-1].observation.endswith("is closed."):
+                    steps.append(Step(f"{verb} {place}", env.step(f"{verb} {place}")[0], place != places[0]))
+            if steps[-1].observation == NOTHING_HAPPENS or f"a {wanted} " in steps[-1].observation:
+                break
+        if steps[-1].trained:
+            demo = sparser(game, Demonstration(task, game.intro, steps, False), rng)
+            ids, weights = demonstration_tokens(demo, tokenizer, 0)
+            out.append((tell(ids, game.id, rng, any_number=True), weights))
     return out

@@ -12,7 +12,7 @@ from env import AlfworldEnv
 from expert import Expert, demonstrate, names, parse_task
 from sft import against_chance, against_policy, sft_loss, train_sft, train_tokenizer
 from sft import main as sft_main
-from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, sparser, strayed, teller, tellings, without_hint
+from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, searches, sparser, strayed, teller, tellings, without_hint
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
 from tree import propose
@@ -168,7 +168,7 @@ def test_actions_are_learned(tmp_path):
 def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
     policy = random_model(context=150)
     assert max(len(ids) for ids, _ in demos_of(range(16))) > 151
-    log = train_sft(policy, tokenizer(), games(), prior(), demos=16, updates=1, glanced=1, lr=1e-3, batch=8, seed=0, state=tmp_path / "state", mistakes=0.2, obs_weight=0.3, max_steps=30)
+    log = train_sft(policy, tokenizer(), games(), prior(), demos=16, updates=1, glanced=1, searched=5, lr=1e-3, batch=8, seed=0, state=tmp_path / "state", mistakes=0.2, obs_weight=0.3, max_steps=30)
     assert log[-1]["step"] == 3
 
 
@@ -213,6 +213,36 @@ def test_a_glance_is_named_by_its_number():
     told = lambda numbers: [ids.tolist() for ids, _ in glances(games(), prior(), tokenizer(), numbers, demos=9, seed=0, mistakes=0.1, max_steps=30)]
     apart = [ids for number in range(10) for ids in told([number])]
     assert apart == told(range(10)) and len(apart) > 10
+
+
+def test_a_search_is_what_the_expert_does_who_looks_into_that_kind_of_place_first():
+    """It reads along, in every telling: each action taught is its own, until it would take the thing; and the first place can be any."""
+    tok, told, firsts, lengths = tokenizer(), searches(games(), tokenizer(), range(200), demos=40, seed=0), [], []
+    for ids, weights in told:
+        obs, act = int(np.argmax(ids == OBS)), int(np.argmax(ids == ACT))
+        task, room, rest = (tok.decode(ids[a:b]) for a, b in ((1, obs), (obs + 1, act), (act, len(ids))))
+        starts = np.flatnonzero(ids == ACT) + 1
+        turns = [(tok.decode(ids[a:b]), tok.decode(ids[b + 1:c - 1])) for a, b, c in zip(starts, np.flatnonzero(ids == END), [*starts[1:], len(ids) + 1])]
+        place = turns[0][0].removeprefix("go to ")
+        expert = Expert({}, first=place.split()[0])
+        expert.reset(task, room)
+        rooms = names(room)
+        taught = 0
+        for (action, answer), a in zip(turns, starts):
+            own = names(action)[0] != place
+            assert set(weights[a:a + len(tok.action(action)) - 1].tolist()) == {float(own)} and (not own or expert.act() == action)
+            expert.observe(action, answer)
+            taught += own
+        assert taught and not weights[:starts[0]].any() and weights.sum() == sum(len(tok.action(action)) for action, _ in turns if names(action)[0] != place)
+        firsts.append(rooms.index(place))
+        lengths.append(taught)
+    assert len(told) > 100 and len(set(firsts)) > 10 and max(lengths) > 6
+
+
+def test_a_search_is_named_by_its_number():
+    told = lambda numbers: [ids.tolist() for ids, _ in searches(games(), tokenizer(), numbers, demos=9, seed=0)]
+    apart = [ids for number in range(20) for ids in told([number])]
+    assert apart == told(range(20)) and len(apart) > 5
 
 
 @pytest.mark.parametrize("context", (2048, 150))
@@ -317,7 +347,7 @@ def test_a_curve_is_not_trained_twice_nor_continued_with_other_flags(tmp_path, m
     assert told("--demos", "4", "--updates", "1").stdout.splitlines()[2] == first.stdout.splitlines()[2]
     assert (tmp_path / "4/policy/model.safetensors").stat().st_mtime_ns == trained
     assert_refused(told("--demos", "4", "--updates", "2"), "--updates 1 -> 2", "another --out")
-    for flag, value in (("--temperature", "-1"), ("--mistakes", "7"), ("--lr", "-1"), ("--seed", "-4"), ("--obs-weight", "nan"), ("--detours", "2"), ("--curve", "4,x"), ("--glances", "-1")):
+    for flag, value in (("--temperature", "-1"), ("--mistakes", "7"), ("--lr", "-1"), ("--seed", "-4"), ("--obs-weight", "nan"), ("--detours", "2"), ("--curve", "4,x"), ("--glances", "-1"), ("--searches", "-1")):
         assert_refused(told(flag, value), flag)
 
 
