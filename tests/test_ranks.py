@@ -74,6 +74,20 @@ def test_two_ranks_do_what_one_does(flags, alone, tmp_path):
     assert memory > 1.3 * of_one  # of both
 
 
+def test_two_ranks_learn_the_reward_of_inverseprm_as_one_does(flags, tmp_path):
+    flags = [*flags, "--algo", "inverseprm", "--rest", "--demos", "30", "--inverse-updates", "4", "--prm-batch", "6", "--checks", "0", "--pairs", "8"]
+    process = start(flags, tmp_path / "two")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    done = command("train.py", *flags, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    two, one = (read(tmp_path / name / "iter1/prm.json") for name in ("two", "one"))
+    assert len(two["log"]) == len(one["log"]) == 4 and {"reward/expert", "reward/learner", "accuracy"} <= two["log"][0].keys()
+    assert two["log"][0] == pytest.approx(one["log"][0], rel=1e-5, abs=1e-5) and two["rest"] == pytest.approx(one["rest"])
+    for ours, theirs in zip(two["log"], one["log"]):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
 def test_a_rank_that_dies_ends_the_job_and_the_run_continues(flags, alone, tmp_path):
     folder = tmp_path / "run"
     process = start(flags, folder)
