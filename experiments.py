@@ -98,7 +98,7 @@ OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curio
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --searches 0 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
-       "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes 40 seconds
+       "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes a minute or two
 OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
 NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random
 
