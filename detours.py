@@ -19,7 +19,7 @@ def detour(game, actions, answers, ways, rng):
     """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers. -> (that number, [(action, answer), …]) or None
 
     The walk is among places of kinds that the episode does not go to from there on, and those of the others that it was at last, so that the demonstrator goes on as it
-    would have (`Expert._search`). One that comes upon the wanted thing is not told, for then
+    would have (`Expert._search`). One that comes upon the wanted thing, or a lamp that is looked for, is not told, for then
     taking it would be right, nor one that ends where the thing could be put as well, nor one after which the world answers otherwise.
     """
     if not ways:
@@ -39,7 +39,8 @@ def detour(game, actions, answers, ways, rng):
         return None
     seen = replay(game, [*actions[:k], *walk, *actions[k:]])
     before, on_it, after = np.split(np.array(seen, object), [k, k + len(walk)])
-    found = any(f" {task.object} " in answer and way not in been for way, answer in zip(walk, on_it))
+    sought = {task.object, task.place} if task.kind == "look" else {task.object}  # a lamp is searched for as well
+    found = any(f" {thing} " in answer and way not in been for way, answer in zip(walk, on_it) for thing in sought)
     return None if found or [*before, *after] != list(answers) else (k, list(zip(walk, on_it)))
 
 

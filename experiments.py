@@ -36,7 +36,7 @@ CONTROL = "--imitate-by all --proposals 0"  # what is left of InversePRM without
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
     "few": "--demos 230 --own-names --sparse 0 --glances 300 --searches 0",  # told again and again; without shared names, sparser rooms and searches, with which they would win far more (LOG.md)
-    "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sparse 0 --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
+    "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sparse 0 --searches 0 --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
 }
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and those of the baseline; {home} is the folder of the seed's runs
     "plain": "",
@@ -49,9 +49,9 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "surplus": "--imitate-by surplus",
     "without-checks": "--checks 0",
     "without-exchange": "--exchange 0",
-    "own-names": "--own-names",
+    "shared-names": "--no-own-names",
     "sparse": "--sparse 0.7",
-    "searches": "--glances 400 --searches 60",
+    "searches": "--searches 60",
     "little-decay": "--sft-weight-decay 0.01",
     "without-detours": "--detours 0 --imitate-detours 0",
     "without-unlearning": "--unlearn 0",
@@ -93,7 +93,7 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "own-names", "sparse", "searches", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OWN_POLICY = ("plain", "shared-names", "sparse", "searches", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
 OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
@@ -126,7 +126,10 @@ def train(folder, flags):
 def ablation(args, name, seed):
     """The run of an ablation. -> its folder"""
     home = args.out / str(seed)
-    flags = f"--iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]} --seed {seed} {args.flags} " + ABLATIONS[name].format(home=shlex.quote(str(home)))
+    plain = f"--iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]} --seed {seed} {args.flags} "
+    flags = plain + ABLATIONS[name].format(home=shlex.quote(str(home)))
+    if name in OWN_POLICY and name != "plain" and parse_flags(shlex.split(flags)) == parse_flags(shlex.split(plain)):
+        raise UserError(f"{name}: {ABLATIONS[name]} is in --baseline {args.baseline} already")
     if "--shape-with" in flags:
         ablation(args, "three", seed)
     if name not in OWN_POLICY:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from common import Parser, UserError, a_temperature, read_json
@@ -62,13 +63,13 @@ def parse_flags(argv=None, doc=None):
     add(g, "--demos", 400, "demonstrations")
     add(g, "--sft-updates", 1500, "updates at least; demonstrations are told again with other numbers each time")
     add(g, "--glances", 400, "updates before them on single turns of the demonstrations, for the policy to learn to look", low=0)
-    add(g, "--searches", 60, "rooms of the demonstrations gone through in order, told in each of these updates too (with --demo-noise none)", low=0)
+    add(g, "--searches", 60, "rooms of the demonstrations gone through in order, told in each of these updates too (none with --demo-noise)", low=0)
     add(g, "--mistakes", 0.15, "chance that the demonstrator makes a mistake at a step, which is shown but not taught", low=0, high=0.9)
     add(g, "--demo-noise", 0.0, "chance that the demonstrator acts at random, which is taught as if it were right", metavar="P", low=0, high=1)
     add(g, "--exchange", 0.3, "share of the demonstrations, and of the rollouts in training, in which the name of the wanted thing and another are exchanged throughout", metavar="P", low=0, high=1)
     add(g, "--detours", 0.5, "share of the demonstrations told with a walk that leads nowhere before one of their actions, shown and not taught", metavar="P", low=0, high=1)
     add(g, "--sparse", 0.7, "SFT: share of the demonstrations told in a room with less in it of what they do not need, another each time", metavar="P", low=0, high=1)
-    g.add_argument("--own-names", action="store_true", help="SFT: no part of the embedding is shared among the numbers of a name, and of a number among names")
+    g.add_argument("--own-names", action=BooleanOptionalAction, default=False, help="SFT: no part of the embedding is shared among the numbers of a name, and of a number among names")
     add(g, "--obs-weight", 0.3, "weight of observation tokens in the loss, and in what stage 3 imitates", low=0, high=10)
     add(g, "--sft-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
     add(g, "--sft-weight-decay", 0.5, "weight decay: the few demonstrations are told again and again, and would be learned by heart", low=0, high=10)
@@ -143,6 +144,7 @@ def parse_flags(argv=None, doc=None):
         args.prm_epochs = 1.0 if args.rollouts >= MANY else 2.0
     if args.pairs is None:
         args.pairs = 50_000 if args.rollouts >= MANY else 12_500
+    args.searches *= bool(args.glances and not args.demo_noise)  # they are told in the updates of glances, and are what a demonstrator does who is never at random
     args.imitate_by = args.imitate_by or ("expert" if args.algo == "inverseprm" else "win")
     return args
 
@@ -155,7 +157,8 @@ def complaints(args, changed):
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
             ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--beta", "--proposals", args.proposals), ("--min-gap", "--proposals", args.proposals), ("--progress-weight", "--prm-loss promise-progress", promise),
-            ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks)):
+            ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks),
+            ("--searches", "--glances, or with --demo-noise", args.glances and not args.demo_noise or not args.searches)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))
             yield f"{flag}{'' if x is True else f' {x}'} does nothing without {needs}"

@@ -2,7 +2,7 @@
 
 A name and its number are one token (tokenizer.py), so to the transformer " mug 1" and " mug" are as different as any two words. That the mug in view is
 the mug that the task asks for, the one match that everything hangs on, would have to be learned for each number of each name, from few demonstrations,
-and some stay unlearned, which ones is a matter of chance (LOG.md). Sharing a part of their vectors gives that away for nothing. That it looks at all it does not ensure; that rooms are told with less in them does (`tellings.sparser`).
+and some stay unlearned, which ones is a matter of chance (LOG.md). Sharing a part of their vectors gives that away for nothing. That it looks at all it does not ensure; it has done so where rooms are told with less in them as well (`tellings.sparser`), with each of three seeds.
 """
 
 from contextlib import contextmanager

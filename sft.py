@@ -8,7 +8,7 @@ are done, each time with other instance numbers, because copying "the number tha
 
 Before that come glances: single turns of the same demonstrations in which nothing but looking helps. Without them the question
 "is the wanted thing in view?" is answered by what is usual, and it takes many times the updates to learn to look (LOG.md). With them come searches:
-rooms gone through from place to place as listed, without which a policy goes where it has been.
+rooms gone through from place to place as listed, a step that is rare in whole episodes, and without which a policy may go where it has been.
 """
 
 import math

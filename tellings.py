@@ -1,5 +1,5 @@
-"""What an agent learns from demonstrations, as texts: each told again and again with other numbers and names, with mistakes and detours that are shown
-and not taught, and in glances, single turns in which nothing but looking helps."""
+"""What an agent learns from demonstrations, as texts: each told again and again with other numbers and names, in rooms with less in them, with mistakes and detours
+that are shown and not taught; in glances, single turns in which nothing but looking helps; and in searches of their rooms, from place to place as listed."""
 
 import re
 from dataclasses import replace
@@ -71,7 +71,7 @@ def sparser(game, demo, rng):
     list, so what to do is less easily learned by heart than by looking (LOG.md).
     """
     task, named, kept = parse_task(game.task), {name for step in demo.steps for name in names(step.action)}, rng.random()
-    stays = lru_cache(None)(lambda name: name in named or base(name) in (task.place, TOOLS.get(task.kind)) or rng.random() < kept)
+    stays = lru_cache(None)(lambda name: name in named or base(name) in (task.object, task.place, TOOLS.get(task.kind)) or rng.random() < kept)
 
     def fewer(match):
         left = [f"a {name}" for name in names(match[1]) if stays(name)]
@@ -210,7 +210,7 @@ def searches(games, tokenizer, numbers, *, demos, seed):
 
     In whole episodes this step is rare, and hardly learned (LOG.md): the policy then goes back to where it has been. Here it is all that is taught, of any kind of place, from any
     of its places on, in a `sparser` room with any numbers. No demonstration more is asked for: that the demonstrator goes through a kind as listed is taken for granted,
-    and the world says what is there. The first place is shown and not taught; the search ends where it comes upon the wanted thing, or cannot go on as it is there already. -> [(ids, weights)]
+    and the world says what is there. The first place is shown and not taught; the search ends where it comes upon the wanted thing, or would be refused as it is there already. -> [(ids, weights)]
     """
     env, out, tell = AlfworldEnv(2 * CHAIN), [], teller(games, tokenizer, 1.0)
     for number in numbers:
@@ -229,8 +229,10 @@ def searches(games, tokenizer, numbers, *, demos, seed):
             for verb in ("go to", "open"):
                 if verb == "go to" or steps[-1].observation.endswith("is closed."):
                     steps.append(Step(f"{verb} {place}", env.step(f"{verb} {place}")[0], place != places[0]))
-            if steps[-1].observation == NOTHING_HAPPENS or f"a {wanted} " in steps[-1].observation:
+            refused = steps[-1].observation == NOTHING_HAPPENS  # it is there already, where the demonstrator would examine it
+            if refused or f"a {wanted} " in steps[-1].observation:
                 break
+        steps = steps[:len(steps) - refused]
         if steps[-1].trained:
             demo = sparser(game, Demonstration(task, game.intro, steps, False), rng)
             ids, weights = demonstration_tokens(demo, tokenizer, 0)

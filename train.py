@@ -76,7 +76,7 @@ def supervised(args, run, games):
             prior = fit_prior(games.train)
             tokenizer = train_tokenizer(games.train, prior, args.seed)
             policy = untrained(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context), args.seed).to(run.device)
-            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, searched=args.searches * (not args.demo_noise), lr=args.sft_lr, weight_decay=args.sft_weight_decay,
+            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, searched=args.searches, lr=args.sft_lr, weight_decay=args.sft_weight_decay,
                             batch=args.sft_batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
                             exchange=args.exchange, detours=args.detours, sparse=args.sparse, steer=args.steer, noise=args.demo_noise, own_names=args.own_names, state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)

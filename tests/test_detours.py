@@ -6,7 +6,8 @@ import numpy as np
 
 from detours import WALK, detour, replay, with_detour
 from env import AlfworldEnv
-from expert import base, names, parse_task
+from expert import Expert, base, demonstrate, fit_prior, names, parse_task
+from games import load_split
 from rollout import MAX_ACTION
 from tiny import expert_trajectories, games, played, tokenizer
 from tokenizer import split_intro
@@ -89,3 +90,24 @@ def test_no_walk_ends_where_the_thing_could_be_put_as_well():
                 took += taken is not None
                 assert taken is None or not taken[1][-1][0].startswith(f"go to {kind} ")
     assert took > 20
+
+
+def test_behind_a_walk_past_another_lamp_the_expert_does_the_same(data_dir):
+    """Of all tasks, those that look at a thing under a lamp search for two things."""
+    looks = [game for game in load_split(data_dir, "train") if parse_task(game.task).kind == "look"]
+    prior, took = fit_prior(looks), 0
+    for number, game in enumerate(looks[:200]):
+        demo = demonstrate(AlfworldEnv(), game, Expert(prior), np.random.default_rng(0))
+        actions, answers = ([getattr(step, part) for step in demo.steps] for part in ("action", "observation"))
+        ways = [k for k, action in enumerate(actions) if action.startswith("go to ")]
+        for draw in range(8):
+            taken = detour(game, actions, answers, ways, np.random.default_rng([number, draw]))
+            if taken:
+                took += 1
+                k, walk = taken
+                expert = Expert(prior)
+                expert.reset(game.task, demo.observation)
+                for action, answer in (*zip(actions[:k], answers), *walk, *zip(actions[k:], answers[k:])):
+                    assert (action, answer) in walk or expert.act() == action
+                    expert.observe(action, answer)
+    assert took > 1000

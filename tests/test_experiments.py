@@ -50,14 +50,22 @@ def test_an_ablation_is_a_run_that_train_py_takes_from_the_policy_of_the_plain_o
     assert flags.init == (start and str(tmp_path / f"7/{start}/iter0/policy"))
     assert [done.name for done, _ in before] == [start] * bool(start) + ["three"] * ("shape" in name)
     assert (flags.shape_with == str(tmp_path / "7/three/iter3")) == ("shape" in name)
-    own = {k for k, v in vars(flags).items() if v != vars(parse_flags(["--rollouts", "500"]))[k]} - {"init", "seed", "threads", "iters"}
-    assert own or name in ("plain", "three", "unsteered")  # it differs from the plain run in something
+    (_, plain), *_ = runs_of(monkeypatch, tmp_path / "plain", "plain")
+    own = {k for k, v in vars(flags).items() if v != vars(plain)[k]} - {"init"}
+    assert own or name in ("plain", "unsteered")  # it differs from the plain run in something
 
 
 def test_the_paper_s_baseline_tells_each_demonstration_once_and_adds_nothing_to_it(monkeypatch, tmp_path):
     for _, flags in runs_of(monkeypatch, tmp_path, "inverse", "paper"):
         assert flags.demos == 10_000 and flags.sft_updates <= flags.demos // flags.sft_batch  # train_sft: as many updates as tell each once
-        assert flags.glances == flags.exchange == flags.detours == flags.steer == 0 and flags.own_names
+        assert flags.glances == flags.searches == flags.exchange == flags.detours == flags.sparse == flags.steer == 0 and flags.own_names
+
+
+@pytest.mark.parametrize("name", ("without-exchange", "little-decay"))
+def test_what_the_paper_s_baseline_has_already_is_no_ablation_of_it(monkeypatch, tmp_path, name):
+    assert runs_of(monkeypatch, tmp_path, name)
+    with pytest.raises(UserError, match=f"{name}.*--baseline paper"):
+        runs_of(monkeypatch, tmp_path, name, "paper")
 
 
 @pytest.mark.parametrize("name, common", (("without-unlearning", ["rollouts", "checks", "prm"]), ("world", ["rollouts", "checks"]), ("inverse", ["rollouts", "checks"]), ("dpo-wide", ["rollouts", "checks", "prm"]),

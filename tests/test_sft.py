@@ -364,6 +364,7 @@ def test_in_a_sparser_room_the_expert_does_the_same():
             seen = names(all_of_it)
             assert set(names(less)) <= set(seen) and [name for name in seen if name in names(less)] == list(names(less))
             assert all(name in names(less) for name in seen if any(name in names(step.action) for step in demo.steps))
+            assert all(name in names(less) for name in seen if name.startswith(parse_task(game.task).object + " "))
             assert re.sub("you see .*", "", less) == re.sub("you see .*", "", all_of_it) and (less == all_of_it or re.search(r"you see (nothing|(a \w+ \d+, )*(and )?a \w+ \d+)\.", less))
         shorter += len(names(told.observation)) < len(names(demo.observation))
         expert = Expert(prior(), np.random.default_rng(0))

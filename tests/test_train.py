@@ -495,6 +495,7 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--proposals", "0", "--beta", "1"), ("--beta 1", "--proposals")),
     (("--proposals", "0", "--min-gap", "0.1"), ("--min-gap 0.1", "--proposals")),
     (("--checks", "0", "--check-batch", "3"), ("--check-batch 3", "--checks")),
+    (("--glances", "0", "--searches", "9"), ("--searches 9", "--glances")), (("--demo-noise", "0.1", "--searches", "9"), ("--searches 9", "--demo-noise")),
     (("--algo", "inverseprm", "--prm-batch", "1"), ("--prm-batch 1", "inverseprm")),
     (("--shape", "potential"), ("--shape potential", "--shape-with")),
     (("--ensemble-by", "min"), ("--ensemble-by min",)),
@@ -566,4 +567,4 @@ def test_help_gives_every_flag_a_meaning_and_a_default(program):
     assert flags
     for flag in flags:
         text = " ".join(flag.split())
-        assert re.fullmatch(r"--[a-z0-9-]+ .*[a-z]{3}.*\(default: [^)]+\).*", text), text
+        assert re.fullmatch(r"--[a-z0-9-]+(, --no-[a-z0-9-]+)? .*[a-z]{3}.*\(default: [^)]+\).*", text), text
