@@ -9,7 +9,7 @@ from common import Parser, UserError, a_temperature, read_json
 from env import TASK_TYPES
 from games import COMPLETE, GAMES
 
-SMOKE = dict(out="runs/smoke", games="generated", n_generated=120, dev_games=16, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, demos=300, glances=150, sft_updates=250,
+SMOKE = dict(out="runs/smoke", games="generated", n_generated=120, dev_games=16, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, demos=300, glances=150, searches=10, sft_updates=250,
              sft_lr=5e-3, rollouts=96, min_games=12, shard=48, checks=50, check_batch=8, inverse_updates=50, pairs=256, dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3,
              episodes_per_game=1, dev_episodes=1)
 MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
