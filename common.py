@@ -63,16 +63,22 @@ def a_temperature(text):
     return x
 
 
-def command_line(main):
-    """Run a command's `main`, with mistakes of the user as one line and exit code 2, and Ctrl-C as one line."""
+RESUMED = "interrupted; the same command continues where it stopped"  # said by commands that keep their place
+
+
+def command_line(main, interrupted="interrupted"):
+    """Run a command's `main`, with mistakes of the user as one line and exit code 2, and Ctrl-C as one line, `interrupted`.
+
+    A plain ValueError is a bug, such as tensors of shapes that do not fit, and keeps its traceback; DataError and GameError are kinds of it that tell of files.
+    """
     try:
         main()
     except (UserError, ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+        if os.environ.get("TRACEBACK") or type(error) is ValueError:
             raise
         raise SystemExit(_fail(f"error: {error}")) from None
     except KeyboardInterrupt:
-        raise SystemExit(_fail("interrupted; the same command continues where it stopped", 130)) from None
+        raise SystemExit(_fail(interrupted, 130)) from None
 
 
 def _fail(text, code=2):
@@ -98,11 +104,19 @@ def set_up_torch(threads=None):
 
 
 def peak_memory():
-    """Bytes of memory that this process has held at most, as Linux counts them; elsewhere 0."""
+    """Bytes of memory that this process has held at most (since `forget_peak_memory`), as Linux counts them; elsewhere 0."""
     try:
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0
+
+
+def forget_peak_memory():
+    """Have `peak_memory` count from now on (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
 
 
 def end_with(parent):

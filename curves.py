@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import Parser, UserError, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
+from common import RESUMED, Parser, UserError, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
 from eval import evaluate_policy, judge_best_episodes, paired_bootstrap, play
 from games import games_of_run
 from rollout import rollout, slots_for
@@ -134,4 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(command_line(main, RESUMED))

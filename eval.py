@@ -25,7 +25,7 @@ from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
 from games import COMPLETE, game_flags, games_for, games_of_run, split_dev, write_games
 from generate import generate
-from play import narrated, play_by_hand, told
+from play import PROPOSED_AT, narrated, play_by_hand, told
 from prm import score, sigmoid
 from rollout import rollout, slots_for
 from search import beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy, read_prm
@@ -292,7 +292,7 @@ def main():
     if args.watch:
         game = games[generator(args.seed, "watch").integers(len(games))]
         [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=chooser(args, prm), admissible=args.admissible, temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
-        print(*narrated(told(game, trajectory, policy, tokenizer, 1.0, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
+        print(*narrated(told(game, trajectory, policy, tokenizer, PROPOSED_AT, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
         return 0
     play_in = evaluation(args, games, *agent)
     results = [play_in(world) for world in worlds]

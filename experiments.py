@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, command_line, pad, read_json, read_model, set_up_torch
+from common import RESUMED, Parser, UserError, command_line, pad, read_json, read_model, set_up_torch
 from curves import whole_numbers
 from expert import fit_prior
 from figures import COLOURS
@@ -98,7 +98,8 @@ OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curio
 OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
 TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --searches 0 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
-       "--pairs 4800 --inverse-updates 200 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes a minute or two
+       "--pairs 4800 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes a minute or two
+PILOT = "--iters 2 --algo inverseprm --inverse-updates 200"
 OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
 NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random
 
@@ -289,7 +290,7 @@ def pilot(args):
     cells = []
     for noise in NOISE:
         folder, control = (args.out / f"tiny/{name}-{noise}" for name in ("inverse", "control"))
-        flags = f"{TINY} --iters 2 --algo inverseprm --demo-noise {noise} {args.flags}"
+        flags = f"{TINY} {PILOT} --demo-noise {noise} {args.flags}"
         rows = train(folder, flags)["rows"] + train(control, f"{flags} {CONTROL} --init {shlex.quote(str(folder / 'iter0/policy'))}")["rows"][1:]
         preferred = read_json(folder / "iter1/prm.json")["expert_preferred"]["to_policy"]
         cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), spread([preferred])))
@@ -337,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(command_line(main, RESUMED))

@@ -16,6 +16,8 @@ STAGES = {"sft": "SFT", "rollouts": "rollouts", "forks": "forks", "checks": "che
 TENTHS, FIFTHS = [(v / 10, f"{10 * v} %") for v in range(11)], [(v / 5, f"{v / 5:.1f}") for v in range(6)]
 COLOURS = ("#8892a0", "#2f7fd1", "#d9730d", "#1a936f", "#b5459b", "#7a5cc9", "#c43d3d", "#7c6a2e")  # as c0 … c7 of report.html, in a light scheme
 
+INTERVALS = "95 % intervals, bootstrap over games; of games all won or all lost it gives none"
+
 
 def pi(i, letter="π"):
     return letter + str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
@@ -36,7 +38,7 @@ def span(low, high):
 
 def figures_of(run):
     """All figures that the run has numbers for."""
-    made = (success(run), demonstrations(run), *(task_types(run, split) for split in run.splits), calibration(run), best_of_n(run), hacking(run), visits(run), time(run))
+    made = (success(run), demonstrations(run), *(task_types(run, split) for split in run.splits), calibration(run), *best_of_n(run), hacking(run), visits(run), time(run))
     return [figure for figure in made if figure]
 
 
@@ -49,7 +51,7 @@ def curve(colour, points, texts, kind="line"):
 
 def success_axis(values):
     """The axis of games won, from the tenth below the least of the values."""
-    low = floor(10 * min(values)) / 10
+    low = min(9, floor(10 * min(values))) / 10
     return "games won", low, 1, [t for t in TENTHS if t[0] >= low]
 
 
@@ -73,7 +75,7 @@ def success(run):
     marks += curve("grey", theirs, [f"the paper's {pi(i)}, 3B parameters, on valid_unseen: {percent(p)}" for i, p in theirs], "dashes")
     return dict(name="success", title="Success by iteration", x=("iteration", -0.25, last + 0.25, [(i, pi(i)) for i in range(last + 1)]),
                 y=success_axis(y for _, _, points, _ in marks for _, y in points), marks=marks, legend=[*legend, ("grey", "the paper, 3B parameters, valid_unseen")],
-                note="Upright lines: 95 % intervals, bootstrap over games.")
+                note=f"Upright lines: {INTERVALS}.")
 
 
 def task_types(run, split):
@@ -89,7 +91,7 @@ def task_types(run, split):
             marks.append(("dots", row["i"], [(part["success"], y)], text))
     return dict(name=f"tasks-{split}", title=f"By task type, {split}", x=("games won", -0.02, 1.02, TENTHS[::2]),
                 y=("", 0, len(kinds), [(len(kinds) - k - 0.5, KINDS[kind]) for k, kind in enumerate(kinds)]), marks=marks,
-                legend=[(row["i"], pi(row["i"])) for row in rows], note="Lines: 95 % intervals, bootstrap over games.")
+                legend=[(row["i"], pi(row["i"])) for row in rows], note=f"Lines: {INTERVALS}.")
 
 
 def demonstrations(run):
@@ -111,25 +113,26 @@ def demonstrations(run):
 
 
 def best_of_n(run):
-    """What curves.py has measured for the run. N = 1 leaves no choice: it begins the curves of all PRMs."""
-    curves = {}
+    """What curves.py has measured for the run: a figure for actions or episodes, split and temperature. N = 1 leaves no choice: it begins the curves of all PRMs."""
+    kinds = {}
     for row in run.curves:
-        if row["prm"] is not None:
-            curves.setdefault(f"{pi(row['policy'])} by {pi(row['prm'], 'Q')}, {row['over']}, {row['split']}", []).append((row["n"], row["success"]))
-    if not curves:
-        return None
-    for row in run.curves:
-        if row["prm"] is None:
-            for name in curves:
-                if name.startswith(f"{pi(row['policy'])} ") and name.endswith(f", {row['over']}, {row['split']}"):
-                    curves[name].append((row["n"], row["success"]))
-    ns = sorted({n for points in curves.values() for n, _ in points})
-    marks = []
-    for c, (name, points) in enumerate(curves.items(), 1):
-        marks += curve(c, [(ns.index(n), p) for n, p in sorted(points)], [f"{name}: best of {n} wins {percent(p)}" for n, p in sorted(points)])
-    return dict(name="best-of-n", title="Best-of-N", x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]),
-                y=success_axis(p for points in curves.values() for _, p in points), marks=marks, legend=list(enumerate(curves, 1)),
-                note="Of N actions at every step, or of N whole episodes, the one of highest Q is taken. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.")
+        kinds.setdefault((row["over"], row["split"], row["temperature"]), []).append(row)
+    return [best_of_n_figure(*kind, rows) for kind, rows in kinds.items() if any(row["prm"] is not None for row in rows)]
+
+
+def best_of_n_figure(over, split, temperature, rows):
+    pairs, ns = sorted({(row["policy"], row["prm"]) for row in rows if row["prm"] is not None}), sorted({row["n"] for row in rows})
+    marks, legend = [], []
+    for c, (k, i) in enumerate(pairs, 1):
+        name = f"{pi(k)} by {pi(i, 'Q')}"
+        mine = sorted((row for row in rows if row["policy"] == k and row["prm"] in (i, None)), key=lambda row: row["n"])
+        marks += curve(c, [(ns.index(row["n"]), row["success"]) for row in mine],
+                       [f"{name}, {over}, {split}: best of {row['n']} wins {percent(row['success'])} ({span(*row['interval'])})" for row in mine])
+        legend.append((c, name))
+    return dict(name=f"best-of-n-{over}-{split}-{temperature:g}", title=f"Best-of-N {over}, {split}, temperature {temperature:g}",
+                x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]), y=success_axis(row["success"] for row in rows), marks=marks, legend=legend,
+                note={"actions": "Of N actions at every step the one of highest Q is taken. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.",
+                      "episodes": "Of N whole episodes the one whose last action has the highest Q is taken."}[over] + " Intervals are with the numbers.")
 
 
 def calibration(run):
@@ -146,21 +149,25 @@ def calibration(run):
 
 
 def hacking(run):
-    """The PRM's score of the policy's proposals during stage 3, and what became of success on dev: where they part, the PRM is hacked (P1).
+    """The PRM's score during stage 3, and what became of success on dev: where they part, the PRM is hacked (P1).
 
-    Success of each π_i, and, with --track-hacking, of the policy on the way there.
+    Success of each π_i. With --track-hacking also of the policy on the way there, and the score is the mean Q of all that it plays on dev; without, of
+    its proposals at states of rollouts. A PRM of --prm-loss bt or --algo inverseprm has no Q to draw.
     """
     evaluated = {row["i"]: row["success"] for row in run.rows if row["split"] == "dev"}
+    judges = {i for i, record in run.stages("prm") if "calibration" in record["held_out"]}
     marks, legend, done, won = [], [], 0, [(0, evaluated[0], f"{pi(0)} wins {percent(evaluated[0])} of dev")]
     for i, record in run.stages("dpo"):
-        stretch = record["log"][0]["step"]  # updates a line of the log is the mean of; what remains at the end are too few
-        points = [(done + line["step"], line["score/mean"]) for line in record["log"] if "score/mean" in line and line["step"] % stretch == 0]
-        if points:
+        log, stretch = record["log"], record["log"][0]["step"]  # updates a line of the log is the mean of; what remains at the end are too few
+        tracked = [line for line in log if "true/success" in line]
+        of, name = ("what is played on dev", "prm/q") if tracked else ("proposals", "score/mean")
+        points = [(done + line["step"], line[name]) for line in log if name in line and line["step"] % stretch == 0]
+        if points and i in judges:
             (first, low), (last, high) = points[0], points[-1]
-            marks.append(("line", i, points, f"{pi(i, 'Q')} of proposals: {low:.3f} at update {first:,}, {high:.3f} at update {last:,}"))
-            legend.append((i, f"{pi(i, 'Q')} of proposals"))
-        won += [(done + line["step"], p, f"at update {done + line['step']:,} {percent(p)} of dev are won") for line in record["log"] if (p := line.get("true/success")) is not None]
-        done += record["log"][-1]["step"]
+            marks.append(("line", i, points, f"{pi(i, 'Q')} of {of}: {low:.3f} at update {first:,}, {high:.3f} at update {last:,}"))
+            legend.append((i, f"{pi(i, 'Q')} of {of}"))
+        won += [(done + line["step"], line["true/success"], f"at update {done + line['step']:,} {percent(line['true/success'])} of dev are won") for line in tracked]
+        done += log[-1]["step"]
         if i in evaluated:
             won.append((done, evaluated[i], f"{pi(i)} wins {percent(evaluated[i])} of dev"))
     if not marks:
@@ -168,7 +175,9 @@ def hacking(run):
     marks += curve("grey", [(x, p) for x, p, _ in won], [text for *_, text in won], "dashes")
     return dict(name="score-and-success", title="PRM score and success", x=("updates of stage 3", -0.02 * done, 1.02 * done, round_ticks(done)),
                 y=("Q, and games won", 0, 1, FIFTHS), marks=marks, legend=[*legend, ("grey", "success on dev")],
-                note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not heights.")
+                note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not heights. Q of proposals is the mean of different "
+                     "proposals where there is more than one, and such states become fewer: alone it proves little (train.py --track-hacking). "
+                     "On the way there the weights are not yet averaged, and dev is played once.")
 
 
 def visits(run):

@@ -127,7 +127,7 @@ def games_of_run(run, split, data=None):
     DataError where dev is asked for, and the train games at hand are not those of the run.
     """
     flags, source = read_json(Path(run, "config.json"))["flags"], read_json(Path(run, "data.json"))["train"]
-    where = next((where for where in ("generated", "tiny") if f" {where} games of " in source), "alfworld")
+    where = kind_of(source)
     n = flags["n_generated"] // (1 if split in ("dev", "train") else 4)
     games, found = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
     if split != "dev":
@@ -136,6 +136,11 @@ def games_of_run(run, split, data=None):
         raise DataError(f"{run} was trained on other games ({source}; now {found}): name theirs by --data")
     dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags.get("without")]
     return dev, f"{len(dev)} games held out of {found}"
+
+
+def kind_of(source):
+    """What `games_for` says of its games -> alfworld, generated or tiny"""
+    return next((kind for kind in ("generated", "tiny") if f" {kind} games of " in source), "alfworld")
 
 
 def same_games(source, other):

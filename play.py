@@ -14,6 +14,7 @@ from tokenizer import split_intro
 from tree import Tree, distinct, propose
 
 PROPOSALS = 8  # actions sampled from the policy at each state, beside the one that was taken
+PROPOSED_AT = 1.0  # the temperature of these in `eval.py --watch`, that of DPO's proposals
 
 
 def told(game, trajectory, policy, tokenizer, temperature, seed, prm=None, q=None):
@@ -45,19 +46,20 @@ def told(game, trajectory, policy, tokenizer, temperature, seed, prm=None, q=Non
 def narrated(episode):
     """What `told` tells -> lines of text."""
     def line(mark, step):
-        return f"  {mark} {step['action']:44} {step['times']} of {PROPOSALS}" + ("" if step["q"] is None else f"   Q {step['q']:.3f}")
+        return f"  {mark} {step['action'] or '(nothing)':44} {step['times']} of {PROPOSALS}" + ("" if step["q"] is None else f"   Q {step['q']:.3f}")
 
-    yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
+    yield from (episode["game"], f"k of {PROPOSALS}: how often the policy proposed an action, at temperature {PROPOSED_AT:g}; Q: what the PRM expects of it, and its change; ✗: not accepted",
+                episode["observation"], f"Your task is to: {episode['task']}")
     for n, step in enumerate(episode["steps"], 1):
         yield ""
-        yield line(f"{n:2} >", step) + ("" if step["progress"] is None else f"  {step['progress']:+.3f}")
+        yield line(f"{n:2} >", step) + ("" if step["progress"] is None else f"  {step['progress']:+.3f}") + "  ✗" * step["inadmissible"]
         yield from (line("    ", other) for other in step["others"])
         yield step["answer"]
     yield f"\n{'won' if episode['won'] else 'not won'} after {len(episode['steps'])} actions"
 
 
 def play_by_hand(games, *, max_steps, seed, make_env=AlfworldEnv):
-    """A person plays the games in shuffled order, until `quit` or the end of input. -> [{"game", "won", "actions"}] of those played to the end"""
+    """A person plays the games in shuffled order, until `quit`, Ctrl-C or the end of input. -> [{"game", "won", "actions"}] of those played to the end"""
     env, episodes = make_env(max_steps), []
     print("? lists what the world would accept, quit ends")
     for g in generator(seed, "by hand").permutation(len(games)):
@@ -67,9 +69,10 @@ def play_by_hand(games, *, max_steps, seed, make_env=AlfworldEnv):
         while not (won or cut):
             try:
                 action = input(f"{actions + 1:2} > ").strip()
-            except EOFError:
-                action = "quit"
-            if action == "quit":
+            except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no keyboard at all
+                print()
+                return episodes
+            if action.lower() in ("quit", "exit"):
                 return episodes
             if action in ("?", ""):
                 print(*info["admissible_commands"], sep="\n")

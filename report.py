@@ -22,17 +22,17 @@ from common import Parser, UserError, command_line, generator, pick_device, read
 from eval import paired_bootstrap
 from figures import AGENT_PRM, STAGES, figures_of, percent, pi, shade, span, stage_of, svg, write_png
 from flags import parse_flags
-from games import same_games
+from games import kind_of, same_games
 from play import PROPOSALS, told
 from prm import score, sigmoid
 from rollout import rollout
-from runs import load_games
+from runs import load_games, records_of
 
 UNSEEN = "valid_unseen, cap 30; "  # of arXiv 2502.10325, as AGENT_PRM
 PUBLISHED = [*((f"AgentPRM {pi(i)}", p, UNSEEN + "3B parameters" + ", 70,000 rollouts an iteration" * (i > 0)) for i, p in enumerate(AGENT_PRM)),
              (f"AgentPRM, Best-of-16 on {pi(0)}", 0.69, UNSEEN + "3B, by the first PRM"), (f"AgentPRM, Best-of-16 on {pi(1)}", 0.88, UNSEEN + "3B"),
              ("AgentPRM, Best-of-16, the best", 0.91, UNSEEN + "3B"), ("SFT", 0.634, UNSEEN + "3B, 10,000 demonstrations"),
-             ("InversePRM, one iteration", 0.828, UNSEEN + "3B, the same demonstrations"), ("InversePRM, two iterations", 0.866, UNSEEN + "3B, the same demonstrations"),
+             ("InversePRM, one iteration", 0.828, UNSEEN + "3B, 10,000 demonstrations, no reward"), ("InversePRM, two iterations", 0.866, UNSEEN + "3B, 10,000 demonstrations, no reward"),
              ("GPT-4o", 0.649, UNSEEN + "prompted; 65.7 elsewhere"), ("LEAP, the paper's expert", 0.886, UNSEEN + "about 91 elsewhere"),
              *((f"GiGPO, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv 2505.10978)") for size, p in (("1.5B", 0.867), ("7B", 0.908)))]
 
@@ -69,7 +69,7 @@ def main():
 
 
 def read_run(folder, sft_curve=None):
-    """A run directory -> .path .config .data .parameters .cost (state.json) .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
+    """A run directory -> .path .config .commits .data .parameters .cost (state.json) .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
     .best (on dev), .stages(name) -> [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
 
     UserError where π_0 and π_1 are not evaluated, or the curve is not of a split that the run has.
@@ -77,7 +77,7 @@ def read_run(folder, sft_curve=None):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no run there (config.json is missing)")
-    records = {(int(file.parent.name[4:]), file.stem): read_json(file) for file in folder.glob("iter*/*.json")}
+    records = records_of(folder)
     evals = {(stage[5:], i): record for (i, stage), record in records.items() if stage.startswith("eval-")}
     if not {("dev", 0), ("dev", 1)} <= evals.keys():
         raise UserError(f"{folder}: π_0 and π_1 are not evaluated yet (train.py with the same flags goes on; a run of --iters 0 has no π_1)")
@@ -89,11 +89,12 @@ def read_run(folder, sft_curve=None):
         rows.append({**row, "i": i, "interval": success_interval(row["episodes"]), "gain": paired_bootstrap(evals[split, 0]["episodes"], row["episodes"])})
     best = max((row for row in rows if row["split"] == "dev"), key=lambda row: (row["success"], -row["i"]))["i"]
     curves = [read_json(file) for file in sorted(folder.glob("curves-*.json"))]
+    commits = list(dict.fromkeys(record.get("commit") or "none" for record in records.values()))
     config, splits = read_json(folder / "config.json"), list(dict.fromkeys(row["split"] for row in rows))
-    return SimpleNamespace(path=folder, config=config, data=read_json(folder / "data.json"), rows=rows,
+    return SimpleNamespace(path=folder, config=config, commits=commits, data=read_json(folder / "data.json"), rows=rows,
                            cost=read_json(folder / "state.json"), iterations=sorted({row["i"] for row in rows}),
                            splits=splits, best=best, sft=sft_alone(sft_curve, splits, config["flags"]["init"]) if sft_curve else [], parameters=records[0, "sft"]["parameters"],
-                           curves=[{**row, "split": one["split"]} for one in curves for row in one["rows"]],
+                           curves=[{**row, "split": one["split"], "temperature": one["temperature"], "interval": success_interval(row["episodes"])} for one in curves for row in one["rows"]],
                            stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
 
 
@@ -103,6 +104,8 @@ def sft_alone(folder, splits, init):
     if not file.exists():
         raise UserError(f"--sft-curve {folder}: no curve of sft.py --curve there (curve.json is missing)")
     rows = sorted(read_json(file), key=lambda row: row["demos"])
+    if not rows:
+        raise UserError(f"--sft-curve {folder}: the curve is empty")
     if rows[0]["split"] not in splits:
         raise UserError(f"--sft-curve {folder}: its games are those of {rows[0]['split']}, the run's those of {', '.join(splits)}")
     if init:
@@ -134,6 +137,8 @@ def play(run, args):
                 raise UserError(f"the run was on other games ({run.data[split]}; now {source}): name their folder by --data")
 
     games = load_games(flags, SimpleNamespace(note_data=compare))
+    if args.split not in ("dev", *games.test):
+        raise UserError(f"no games of {args.split}: name their folder by --data")
     games = games.dev if args.split == "dev" else games.test[args.split]
     picked = {games[g].id: games[g] for g in generator(args.seed, "report").permutation(len(games))[:args.episodes]}
     trajectories = list(tqdm(rollout(policy, tokenizer, [(game, 0) for game in picked.values()], temperature=flags.eval_temperature, seed=args.seed,
@@ -148,15 +153,15 @@ def play(run, args):
 def page(run, figures, episodes, split):
     """report.html with its <!--places--> filled."""
     flags, best = run.config["flags"], [row for row in run.rows if row["i"] == run.best]
-    tiles = [(pi(run.best), "best policy, chosen on dev"), *((percent(row["success"]), f"on {row['split']}, {points(row['gain'])} over {pi(0)}") for row in best),
+    tiles = [(pi(run.best), "best policy, chosen on dev"), *((percent(row["success"]), f"on {row['split']}" + f", {points(row['gain'])} points over {pi(0)}" * (run.best > 0)) for row in best),
              (f"{run.parameters / 1e6:.2f} M", "parameters"), (f"{sum(run.cost['seconds'].values()) / 60:.0f} min", "of training and evaluation")]
     made = {figure["name"]: figure_html(figure) for figure in figures}
-    about = {"command": run.config["command"], "commit": run.config["commit"], "machine": run.config["machine"],
+    about = {"command": run.config["command"], "commit": ", then ".join(run.commits), "machine": run.config["machine"],
              "versions": ", ".join(f"{name} {version}" for name, version in run.config["versions"].items()),
              "games": "; ".join(source.partition(" from ")[0] for source in run.data.values()), "rollouts an iteration": f"{flags['rollouts']:,}"}
     places = {"title": escape(run.path.resolve().name), "tiles": "".join(f"<li><b>{value}</b> {what}</li>" for value, what in tiles),
-              "setting": f"Cap {flags['max_steps']} steps, temperature {flags['eval_temperature']}, actions written freely",
-              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run), "cost_table": cost_table(run),
+              "setting": f"{games_of(run)}, cap {flags['max_steps']} steps, temperature {flags['eval_temperature']}, actions written freely",
+              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run), "other_games": THE_EXPERT if on_alfworld(run) else f"And ours is on {games_of(run).lower()}: nothing here is to be compared.", "cost_table": cost_table(run),
               "tasks": "".join(html for name, html in made.items() if name.startswith("tasks-")),
               "figures": "".join(html for name, html in made.items() if not name.startswith("tasks-")),
               "about": "".join(f"<dt>{what}</dt><dd>{escape(str(value))}</dd>" for what, value in about.items()),
@@ -193,18 +198,30 @@ def success_table(run):
     return table(head, rows, [n for n, row in enumerate(run.rows) if row["i"] == run.best])
 
 
+THE_EXPERT = "A scripted expert that reads text only wins every game of valid_seen within 30 steps (eval.py --agent expert)."
+
+
+def on_alfworld(run):
+    """Whether the run's games are ALFWorld's own, and not generated."""
+    return kind_of(run.data["train"]) == "alfworld"
+
+
+def games_of(run):
+    return "ALFWorld's own games" if on_alfworld(run) else "Generated games, not ALFWorld's"
+
+
 def published_table(run):
     """Ours (on test splits, if there are any) among the published numbers, best first."""
     flags = run.config["flags"]
-    how = f"cap {flags['max_steps']}; {run.parameters / 1e6:.1f} M parameters, {flags['rollouts']:,} rollouts an iteration"
-    ours = [(f"ours, {pi(row['i'])}", row["success"], f"{row['split']}, {how}", True) for row in run.rows if row["split"] != "dev" or len(run.splits) == 1]
+    how = f"{'' if on_alfworld(run) else games_of(run).lower() + ', '}cap {flags['max_steps']}; {run.parameters / 1e6:.1f} M parameters, {flags['rollouts']:,} rollouts an iteration"
+    ours = [(f"ours, {pi(row['i'])}", row["success"], f"{row['split']}, {how}" + ", chosen on dev" * (row["i"] == run.best), row["i"] == run.best) for row in run.rows if row["split"] != "dev" or len(run.splits) == 1]
     rows = sorted(ours + [(who, p, what, False) for who, p, what in PUBLISHED], key=lambda row: -row[1])
     meter = lambda p: f'<span class="meter"><i style="width:{100 * p:.1f}%"></i></span>{percent(p)}'
     return table(("who", "games won", "on what, by what"), [(who, meter(p), what) for who, p, what, _ in rows], [n for n, row in enumerate(rows) if row[3]])
 
 
 def prm_table(run):
-    head = ("PRM", "rollouts won", "Q̂ against other rollouts, correlation", "BCE above the labels' entropy", "calibration gap", "correlation with returns",
+    head = ("PRM", "rollouts won", "Q̂ against other rollouts, correlation", "BCE above the labels' entropy, lower is better", "calibration gap, lower is better", "correlation with returns",
             "mean Q", "mean return")
     rolled, number = dict(run.stages("rollouts")), lambda x: "–" if x is None else f"{x:.3f}"
     rows = [(pi(i, "Q"), percent(rolled[i]["success"]), number(rolled[i]["q_hat_check"]["pearson"]),
@@ -213,7 +230,7 @@ def prm_table(run):
 
 
 def cost_table(run):
-    """Time on the clock, time of all cores, and the most memory that the run's processes have held until its end, by stage, all iterations together."""
+    """Time on the clock, time of all cores, and the most memory that the run's processes held together, by stage, all iterations together."""
     names = {stage: [name for name in run.cost["seconds"] if stage_of(name)[1] == stage] for stage in STAGES}
     told = lambda kind, names, unit, join: join(there) / unit if (there := [run.cost[kind][name] for name in names if name in run.cost.get(kind, {})]) else None
     number = lambda x, digits: "–" if x is None else f"{x:,.{digits}f}"

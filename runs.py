@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import UserError, peak_memory, pick_device, read_json, write_file, write_json
+from common import UserError, forget_peak_memory, peak_memory, pick_device, read_json, write_file, write_json
 from eval import paired_bootstrap
 from games import DataError, games_for, same_games, split_dev
 from model import Config, Transformer
@@ -70,11 +70,18 @@ def settle_flags(path, flags):
     wait()
 
 
+def records_of(path):
+    """-> {(iteration, stage): record} of a run's finished stages, in order of both"""
+    files = [f for f in path.glob("iter*/*.json") if f.parent.name[4:].isdecimal()]
+    return {(int(f.parent.name[4:]), f.stem): read_json(f) for f in sorted(files, key=lambda f: (int(f.parent.name[4:]), f.name))}
+
+
 class Stage:
     """One stage of one iteration; `done` when its record exists. `state` is where its training keeps its place."""
 
     def __init__(self, run, name):
         self.run, self.name, self.start, self.cores = run, name, time.monotonic(), sum(os.times()[:4])
+        forget_peak_memory()
         self.workers_memory = 0  # bytes that the processes of this stage have held at most
         self.record, self.state = run.path / f"{name}.json", run.path / f"{name}.state.safetensors"
         self.done = first_says(self.record.exists())
@@ -132,7 +139,7 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory is kept that this process has held until then, with
+        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory that this process has held in it, with
         its workers'; of several ranks, which begin and end it together, the sums. A killed sitting counts up to its last BEAT, each rank like the first one, workers not."""
         stage, file = Stage(self, name), self.path / "state.json"
         before = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
@@ -156,8 +163,7 @@ class Run:
 
     def records(self):
         """All finished stages' records, in order of iteration and name."""
-        files = sorted(self.path.glob("iter*/*.json"), key=lambda f: (int(f.parent.name[4:]), f.name))
-        return [read_json(f) for f in files]
+        return list(records_of(self.path).values())
 
     def write_metrics(self):
         lines = [json.dumps({k: v for k, v in r.items() if k != "episodes" or isinstance(v, int)}) for r in self.records()]
@@ -165,7 +171,7 @@ class Run:
 
 
 def load_games(args, run):
-    """-> .train, .dev (held out of train by task folder), .test {split: games}, .by_id {id: train or dev game}."""
+    """-> .train, .dev (held out of train by task folder), .test {split: games}, .source of train and dev in words, .by_id {id: train or dev game}."""
     everything, source = games_for(args.games, args.data, "train", args.n_generated)
     train, dev = ([game for game in part if game.task_type != args.without] for part in split_dev(everything, args.dev_games))
     if not dev:
@@ -178,7 +184,7 @@ def load_games(args, run):
         except DataError:
             print(f"no games of {split}: not evaluated", file=sys.stderr)
     run.note_data(sources)
-    return SimpleNamespace(train=train, dev=dev, test=test, by_id={game.id: game for game in (*train, *dev)})
+    return SimpleNamespace(train=train, dev=dev, test=test, source=source, by_id={game.id: game for game in (*train, *dev)})
 
 
 def estimate(args, run, games):
@@ -196,7 +202,8 @@ def estimate(args, run, games):
             step()
         return (time.monotonic() - start) / 3 / ids.numel()
 
-    train = seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())  # a token, forward and backward
+    # a token, forward and backward; half as much again goes into the optimiser, the telling of texts and ragged batches, and the ranks share the work
+    train = 1.5 / ranks() * seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())
     # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400, and 100 a search; sampling a token costs about half of training on it
     per_rollout, a_check = 140 * train, args.check_batch * 200 * train
     lessons = (args.inverse_updates * (args.prm_batch * 250 * train + a_check * bool(args.checks)) if args.algo == "inverseprm" else
@@ -218,7 +225,7 @@ def final_table(args, run):
     if rank():
         return
     run.write_metrics()  # for a run killed before it had written its last line
-    evals = {(int(f.parent.name[4:]), f.stem[5:]): read_json(f) for f in run.path.glob("iter*/eval-*.json")}
+    evals = {(i, stage[5:]): record for (i, stage), record in records_of(run.path).items() if stage.startswith("eval-")}
     iterations, splits = sorted({i for i, _ in evals}), sorted({s for _, s in evals}, key=lambda s: (s != "dev", s))
     best = max(iterations, key=lambda i: (evals[i, "dev"]["success"], -i))
     lines = [f"{'':6}" + "".join(f"{s + ', ' + str(evals[0, s]['games']) + ' games':>26}" for s in splits) + f"{'inadmissible':>14}"]
@@ -236,13 +243,14 @@ def final_table(args, run):
         gains = [f"{s} {100 * gap:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})" for s in splits for gap, low, high in [row[s]["gain_over_0"]]]
         lines.append(f"  π_{row['iteration']}  " + "   ".join(gains))
     seconds = read_json(run.path / "state.json")["seconds"]
+    (run.path / "result.json").unlink(missing_ok=True)  # a run that has it is whole
     for kind in ("policy", "prm"):
         source, target = run.path / f"iter{best}/{kind}", run.path / f"best/{kind}"
         shutil.rmtree(target, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, target)
     write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "commits": list(dict.fromkeys(r.get("commit") for r in run.records())), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
-    write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,  # last: a run that has it is whole
+    write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,
                                           "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
     print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")
     print(*lines, sep="\n")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model, set_up_torch, write_json
+from common import RESUMED, Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model, set_up_torch, write_json
 from env import AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior
@@ -152,11 +152,13 @@ def main():
         raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances and --searches at least 0")
     set_up_torch()
     device = pick_device(args.device)
-    train, _ = split_dev(games_for(args.games, args.data, "train", COMPLETE["train"])[0])
+    everything, train_source = games_for(args.games, args.data, "train", COMPLETE["train"])
+    train, _ = split_dev(everything)
     test, source = games_for(args.games, args.data, args.split, COMPLETE["train"] if args.split == "dev" else 200)
     prior, rows = fit_prior(train), []
     tokenizer = train_tokenizer(train, prior, args.seed)
     settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve", "device")})
+    write_json(Path(args.out, "data.json"), {"train": train_source})
     for demos in curve:
         folder = Path(args.out, f"{demos}")
         if not (folder / "eval.json").exists():
@@ -179,4 +181,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(command_line(main, RESUMED))

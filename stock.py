@@ -11,6 +11,7 @@ from a grammar. `AlfworldEnv` is checked against it (tests/test_parity.py) and `
 from importlib.metadata import version
 
 from env import Info
+from generate import DataError
 
 
 class StockAlfworldEnv:
@@ -22,20 +23,20 @@ class StockAlfworldEnv:
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
-            raise ValueError(f"alfworld's engine is not installed ({error}): pip install alfworld==0.4.2") from None
+            raise DataError(f"alfworld's engine is not installed ({error}): pip install alfworld==0.4.2") from None
         self.max_steps, self.moment = max_steps, 0
         self.engine = AlfredDemangler(PddlEnv(EnvInfos(admissible_commands=True, won=True)), shuffle=False)
         self.loaded = None
 
     def load(self, game):
-        """Read a game's file; about half a second. `reset` does it where it is needed. Raises ValueError for a game without a file."""
+        """Read a game's file; about half a second. `reset` does it where it is needed. Raises DataError for a game without a file."""
         if game.path is None:
-            raise ValueError(f"{game.id} has no file for alfworld's engine: write generated games with games.py --out DIR")
+            raise DataError(f"{game.id} has no file for alfworld's engine: write generated games with games.py --out DIR")
         self.engine.load(str(game.path))
         self.loaded = game.path
 
     def reset(self, game):
-        """-> (observation, info). Raises ValueError for a game without a file."""
+        """-> (observation, info). Raises DataError for a game without a file."""
         if self.loaded != game.path or game.path is None:
             self.load(game)
         self.game, self.steps = game, 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common import UserError, command_line, generator, key, pad, pick_device, read_model, save_model, set_up_torch, uniform, write_file, write_json
+from generate import DataError
 from tiny import random_model, tokenizer
 
 
@@ -56,7 +57,7 @@ def test_pad():
 
 # --- mistakes of the user ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("error, code, line", ((UserError("no\nway"), 2, "error: no\n"), (ValueError("bad"), 2, "error: bad\n"), (KeyboardInterrupt(), 130, "interrupted")))
+@pytest.mark.parametrize("error, code, line", ((UserError("no\nway"), 2, "error: no\n"), (DataError("bad"), 2, "error: bad\n"), (KeyboardInterrupt(), 130, "interrupted")))
 def test_mistakes_are_one_line(error, code, line, capsys):
     def main():
         raise error

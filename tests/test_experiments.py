@@ -174,13 +174,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
-SMALL = "--games tiny --n-generated 60 --dev-games 12 --max-steps 6 --glances 2 --checks 3 --demos 32 --sft-updates 4 --rollouts 24 --min-games 12 --pairs 32 --inverse-updates 3 --dim 32 --layers 1 --hidden 32 " \
+SMALL = "--games tiny --n-generated 60 --dev-games 12 --max-steps 6 --glances 2 --checks 3 --demos 32 --sft-updates 4 --rollouts 24 --min-games 12 --pairs 32 --dim 32 --layers 1 --hidden 32 " \
         "--dev-episodes 1 --test-splits --threads 1"
 
 
 @pytest.mark.parametrize("name, rows", (("q-hat", 4), ("reference", 2), ("pilot", 1)))
 def test_the_first_experiments_end_in_a_table(monkeypatch, capsys, folder, name, rows):
-    for constant, value in (("TINY", SMALL), ("OF_EACH", (2, 4)), ("PLAYED", 64), ("NOISE", (0.5,)), ("GAMES", 60), ("DEV", 12)):
+    for constant, value in (("TINY", SMALL), ("PILOT", "--iters 2 --algo inverseprm --inverse-updates 3"), ("OF_EACH", (2, 4)), ("PLAYED", 64), ("NOISE", (0.5,)), ("GAMES", 60), ("DEV", 12)):
         monkeypatch.setattr(experiments, constant, value)
     done = in_process(experiments.main, [name, "--out", folder], monkeypatch, capsys)
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def test_what_is_narrated_is_what_was_played():
     taken = [m.groups() for m in taken if m]
     assert [(int(n), action, int(times), float(q)) for n, action, times, q in taken] == [(n, s["action"], s["times"], pytest.approx(s["q"], abs=1e-3)) for n, s in enumerate(with_q["steps"], 1)]
     assert sum(s["times"] + sum(o["times"] for o in s["others"]) for s in with_q["steps"]) == PROPOSALS * len(t)
+    assert [s["inadmissible"] for s in with_q["steps"]] == [line.endswith("✗") for line in lines if re.match(r" *\d+ > ", line)]
     assert all(s["answer"] in lines for s in with_q["steps"]) and lines[-1].endswith(f"after {len(t)} actions")
     assert not any(re.search(r"Q \d", line) for line in narrated(without) if " of 8" in line)
 
@@ -74,6 +75,12 @@ def test_a_person_who_knows_the_way_wins_and_may_leave(monkeypatch, capsys):
     assert done.returncode == 0 and "won after" in shown[1] and "Nothing happens." in shown[1] and "\nlook\n" in shown[1]
     actions = int(re.search(r"won after (\d+) actions", shown[1])[1])
     assert re.search(rf"all +1 +100.0% +{actions}.00", done.stdout)
+    for left in (EOFError, KeyboardInterrupt, RuntimeError("input(): lost sys.stdin")):
+        def leave(prompt):
+            raise left
+        monkeypatch.setattr(builtins, "input", leave)
+        gone = in_process(eval_main.main, [*FEW, "--agent", "human"], monkeypatch, capsys)
+        assert gone.returncode == 0 and gone.stdout.endswith("\nno game was played to its end\n")
     monkeypatch.setattr(builtins, "input", lambda prompt: "quit")
     assert "no game was played to its end" in in_process(eval_main.main, [*FEW, "--agent", "human"], monkeypatch, capsys).stdout
 

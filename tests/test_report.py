@@ -14,11 +14,12 @@ import torch
 
 from common import generator, key, read_model
 from env import NOTHING_HAPPENS
-from figures import KINDS, pi
+from figures import KINDS, figures_of, pi
 from games import generated_split, split_dev
 from play import told
 from prm import score
 from report import main as report_main
+from report import read_run
 from rollout import rollout
 from tiny import assert_refused, command, games, in_process, played, taught, tokenizer
 from tree import propose
@@ -118,11 +119,13 @@ def test_success_on_the_way_is_drawn_where_it_was_tracked(run, tmp_path, monkeyp
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     record = read(folder / "iter2/dpo.json")
-    record["log"][0]["true/success"] = 0.4321
+    record["log"][0] |= {"true/success": 0.4321, "prm/q": 0.875}
     (folder / "iter2/dpo.json").write_text(json.dumps(record))
     assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
     step = read(folder / "iter1/dpo.json")["log"][-1]["step"] + record["log"][0]["step"]
-    assert f"at update {step} 43.2 % of dev are won" in (folder / "report/index.html").read_text()
+    text = (folder / "report/index.html").read_text()
+    assert f"at update {step} 43.2 % of dev are won" in text
+    assert f"Q₂ of what is played on dev: 0.875 at update {step}" in text and "Q₁ of proposals" in text and "Q₂ of proposals" not in text
 
 
 def test_every_figure_is_a_png_too(reported):
@@ -220,13 +223,17 @@ def test_without_matplotlib_the_page_is_written_all_the_same(run, tmp_path, monk
 def test_best_of_n_is_drawn_where_it_was_measured(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    row = {"policy": 0, "prm": 1, "over": "actions"}
+    row = {"policy": 0, "prm": 1, "over": "actions", "episodes": [{"game": str(g), "won": g > 4} for g in range(10)]}
     rows = [{**row, "n": 4, "success": 0.5}, {**row, "prm": None, "n": 1, "success": 0.25}, {**row, "n": 4, "over": "episodes", "success": 0.7}]
-    (folder / "curves-dev.json").write_text(json.dumps({"split": "dev", "rows": rows}))
+    (folder / "curves-dev.json").write_text(json.dumps({"split": "dev", "temperature": 0.3, "rows": rows}))
     assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
     text = (folder / "report/index.html").read_text()
+    (folder / "curves-hot.json").write_text(json.dumps({"split": "dev", "temperature": 1.0, "rows": rows[:1]}))
     assert text.index("π₀ by Q₁, actions, dev: best of 1 wins 25.0 %") < text.index("π₀ by Q₁, actions, dev: best of 4 wins 50.0 %")
-    assert "π₀ by Q₁, episodes, dev: best of 4 wins 70.0 %" in text and "episodes, dev: best of 1 wins" not in text and '<figure id="best-of-n"' in text
+    assert "π₀ by Q₁, episodes, dev: best of 4 wins 70.0 %" in text and "episodes, dev: best of 1 wins" not in text and re.findall('<figure id="(best-of-n.*?)"', text) == ["best-of-n-actions-dev-0.3", "best-of-n-episodes-dev-0.3"]
+    assert re.search(r"best of 4 wins 50.0 % \(\d+\.\d … \d+\.\d\)", text)
+    assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
+    assert '<figure id="best-of-n-actions-dev-1"' in (folder / "report/index.html").read_text()
 
 
 def test_sft_alone_is_drawn_where_its_curve_is_named(run, tmp_path, monkeypatch, capsys):
@@ -248,12 +255,39 @@ def test_a_run_with_relative_prms_is_reported_without_what_they_cannot_say(run, 
     shutil.copytree(run[0], folder)
     for file in folder.glob("iter*/prm.json"):
         file.write_text(json.dumps(read(file) | {"held_out": {"pair_accuracy": 0.5, "pairs": 4}}))
+    for file in folder.glob("iter*/dpo.json"):
+        file.write_text(json.dumps(read(file) | {"log": [line | {"score/mean": 21.0} for line in read(file)["log"]]}))  # f, which is no Q
     for file in folder.glob("iter*/prm/config.json"):
         file.write_text(json.dumps(read(file) | {"head": "relative"}))
     (folder / "state.json").write_text(json.dumps({"seconds": {**read(folder / "state.json")["seconds"], "iter1/prm2": 60.0, "iter0/value": 60.0}}))
     done = in_process(report_main, (folder, "--episodes", 3), monkeypatch, capsys)
     text = (folder / "report/index.html").read_text()
-    assert done.returncode == 0 and "bt" in done.stderr and '<figure id="calibration"' not in text and '<figure id="success"' in text
+    assert done.returncode == 0 and "bt" in done.stderr and '<figure id="calibration"' not in text and '<figure id="success"' in text and "score-and-success" not in text
+
+
+def test_of_a_run_that_has_not_improved_no_gain_is_told(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    (folder / "iter0/eval-dev.json").write_text(json.dumps(read(folder / "iter0/eval-dev.json") | {"success": 1.0}))
+    (folder / "iter1-old").mkdir()
+    shutil.copy(folder / "iter1/eval-dev.json", folder / "iter1-old")  # somebody's backup
+    assert in_process(report_main, (folder, "--episodes", 0), monkeypatch, capsys).returncode == 0
+    tiles = (folder / "report/index.html").read_text().partition('<ul class="tiles">')[2].partition("</ul>")[0]
+    assert "<b>π₀</b> best policy" in tiles and "100.0 %</b> on dev<" in tiles and "points over" not in tiles
+
+
+def test_all_that_is_drawn_lies_within_its_axes(reported):
+    figures = figures_of(read_run(reported[0]))
+    assert len(figures) >= 7
+    for figure in figures:
+        (_, left, right, _), (_, low, high, _) = figure["x"], figure["y"]
+        for _, _, points, text in figure["marks"]:
+            assert all(left <= x <= right and low <= y <= high for x, y in points), (figure["name"], text)
+
+
+def test_generated_games_are_not_told_as_alfworlds(reported):
+    text = reported[2]
+    assert "Generated games, not ALFWorld's" in text and "generated games, not alfworld's: nothing here is to be compared" in text and "A scripted expert" not in text
 
 
 @pytest.mark.parametrize("flags, parts", (
@@ -316,6 +350,8 @@ told.back = view();
 document.getElementById("open").click();
 told.closed = document.querySelectorAll(".others:not([open])").length;
 told.hash = location.hash;
+document.getElementById("won").value = "lost"; document.getElementById("won").dispatchEvent(new Event("change"));
+told.lost = location.hash;
 told.wide = document.documentElement.scrollWidth <= innerWidth;
 told.fetched = performance.getEntriesByType("resource").length;
 document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "told", textContent: JSON.stringify(told)}));
@@ -358,4 +394,4 @@ def test_a_browser_shows_and_filters_it_and_asks_for_nothing(reported, width, tm
     for name, n in (("clicked", 1), ("right", 2), ("back", 1)):
         assert seen[name]["task"] == episodes[n]["task"]
         assert [s[:-1] for s in seen[name]["steps"]] == [s[:-1] for s in steps(episodes[n])]  # the last digit may be rounded otherwise
-    assert seen["hash"] == "#episode=1&type=&won="
+    assert seen["hash"] == "#episode=1&type=&won=" and seen["lost"].endswith("&won=lost")
