@@ -1,7 +1,6 @@
 """Before its lessons, the PRM is taught to check an action against the text before it.
 
-Returns are too noisy a teacher for that: told "go to ottoman 1" and "go to coffeetable 1" with a thing in hand that belongs on the ottoman, a PRM
-of 70,000 rollouts answers 0.52 and 0.56, where the truth is 0.95 and 0.10 (LOG.md). So it first sees the demonstrations of π_0, and beside each
+Returns are too noisy a teacher for that: most of a return is decided by the state, whichever action is taken (LOG.md). So it first sees the demonstrations of π_0, and beside each
 action a `wrong` one, and learns to hold the first for better. Nothing else is read; only the weights below the head are
 kept, and the lessons start from them.
 

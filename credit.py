@@ -107,4 +107,5 @@ def imitated(trajectory, gain, obs_weight, unlearn=0.0):
     weights[trajectory.spans[0, 0]:] = obs_weight * gain.mean()
     for (start, end), weight in zip(trajectory.spans, np.where(trajectory.inadmissible, -unlearn, gain)):
         weights[start:end] = weight
+    weights[trajectory.spans[trajectory.forced, 1] - 1] = 0  # an <end> that the policy did not choose
     return weights

@@ -82,7 +82,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
         different = [distinct(drawn, tokenizer) for drawn in sampled]
         branches = [(*state, *action) for state, drawn in zip(states, different) if len(drawn) > 1 for action in drawn]
         counts_of = [len(drawn) for drawn in different if len(drawn) > 1]
-        metrics["pairs/differ"] = (len(counts_of), len(states))
+        metrics["pairs/differ"], metrics["pairs/kept"] = (len(counts_of), len(states)), (0, len(states))
         if not branches:
             return []
         with torch.no_grad():

@@ -12,6 +12,8 @@ from games import COMPLETE, GAMES
 SMOKE = dict(out="runs/smoke", games="generated", n_generated=120, dev_games=16, dim=64, layers=2, heads=4, kv_heads=2, hidden=128, demos=300, glances=150, searches=10, sft_updates=250,
              sft_lr=5e-3, rollouts=96, min_games=12, shard=48, checks=50, check_batch=8, inverse_updates=50, pairs=256, dpo_batch=4, dpo_lr=3e-4, min_gap=0.0, iters=3,
              episodes_per_game=1, dev_episodes=1)
+OF_SFT = "dim layers heads kv_heads hidden sft_updates glances searches detours sparse own_names sft_lr sft_weight_decay sft_batch".split()  # without effect beside --init
+OF_DEMONSTRATIONS = "demos mistakes demo_noise max_steps seed".split()
 MANY = 20_000  # rollouts an iteration, from which on the PRM looks at each once, and the policy has more to learn from
 
 
@@ -59,7 +61,7 @@ def parse_flags(argv=None, doc=None):
     add(g, "--hidden", 384, "width of the feed-forward")
     add(g, "--context", 2048, "longest episode, in tokens; longer ones are cut as by the step cap", low=256)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
-    add(g, "--init", None, "start from this policy instead; it keeps its size, and of the flags here --demos, --mistakes, --demo-noise, --exchange and --obs-weight still count", metavar="DIR")
+    add(g, "--init", None, "start from this policy instead; it keeps its size, and of the flags here --demos, --mistakes, --demo-noise, --exchange and --obs-weight still count (and --seed, for the demonstrations to be the same)", metavar="DIR")
     add(g, "--demos", 400, "demonstrations")
     add(g, "--sft-updates", 1500, "updates at least; demonstrations are told again with other numbers each time")
     add(g, "--glances", 400, "updates before them on single turns of the demonstrations, for the policy to learn to look", low=0)
@@ -110,7 +112,7 @@ def parse_flags(argv=None, doc=None):
     g = parser.add_argument_group("stage 3: online DPO")
     add(g, "--ref", "prev", "reference policy: prev is π_{i−1}, init is π_0", choices=("prev", "init"))
     add(g, "--beta", 0.03, "weight of the KL to the reference", low=1e-9)
-    add(g, "--pairs", None, f"states an iteration at which the policy proposes actions; the best and the worst make a pair (default: 12,500; 50,000 from {MANY:,} rollouts on)", type=int,
+    add(g, "--pairs", None, f"states an iteration at which the policy proposes actions; the best and the worst make a pair (default: 12,500; 50,000 from {MANY:,} rollouts on). Stage 3 has --pairs / (--dpo-batch × --states-per-trajectory) updates, with --proposals 0 too", type=int,
         metavar="N")
     add(g, "--proposals", 4, "actions it proposes at each, at least 2 (the paper); 0: no pairs, imitation alone", low=0)
     add(g, "--dpo-lr", 2.5e-3, "learning rate", low=1e-12, high=10)
@@ -156,13 +158,17 @@ def complaints(args, changed):
             ("--hide-ends", "--algo inverseprm", inverse), ("--rest", "--algo inverseprm that sees ends", inverse and not args.hide_ends), ("--targets", "--prm-loss promise-progress", promise),
             ("--gae-lambda", "--targets td-gae or sarsa", bootstrapped), ("--shape", "--shape-with", args.shape_with),
             ("--ensemble-by", "--ensemble of at least 2", args.ensemble > 1), ("--imitate-by", "--imitate", args.imitate),
-            ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate), ("--beta", "--proposals", args.proposals), ("--min-gap", "--proposals", args.proposals), ("--progress-weight", "--prm-loss promise-progress", promise),
+            ("--imitate-detours", "--imitate", args.imitate), ("--unlearn", "--imitate", args.imitate),
+            *((flag, "--proposals", args.proposals) for flag in ("--beta", "--min-gap", "--ref", "--dpo-temperature")), ("--inverse-updates", "--algo inverseprm", inverse),
+            ("--data", "ALFWorld's games", args.games not in ("generated", "tiny")), ("--progress-weight", "--prm-loss promise-progress", promise),
             ("--prm-epochs", "--algo agentprm", not inverse), ("--check-batch", "--checks", args.checks),
             ("--searches", "--glances, or with --demo-noise", args.glances and not args.demo_noise or not args.searches)):
         if changed(flag) and not there:
             x = getattr(args, flag[2:].replace("-", "_"))
             yield f"{flag}{'' if x is True else f' {x}'} does nothing without {needs}"
-    init, shape = (read_flags(Path(folder), up) for folder, up in ((args.init or "", "../.."), (args.shape_with or "", "..")))
+    new = lambda record: not Path(args.out, record).exists()  # a run that is continued keeps a copy of what it began from
+    init = origin(args.init)[0] if args.init and new("iter0/sft.json") else None
+    shape = origin(args.shape_with, "..")[0] if args.shape_with and new("iter0/value.json") else None
     for wrong, complaint in (
             (args.rollouts <= episodes_of_each_game(args), f"--rollouts {args.rollouts}: must be enough for two games, one of them is held out of the labels"),
             (args.proposals == 1 or not (args.proposals or args.imitate), f"--proposals {args.proposals}: a pair needs two" + (", and without pairs or --imitate stage 3 learns nothing" * (not args.imitate))),
@@ -179,21 +185,38 @@ def complaints(args, changed):
             (args.ensemble_by == "min" and (inverse or bt),
              "--ensemble-by min: each PRM of --prm-loss bt or --algo inverseprm has a constant of its own at every state, so their least means nothing: mean"),
             (bt and args.imitate_by == "progress", "--imitate-by progress compares values of different states, which --prm-loss bt leaves open: win"),
-            (args.shape_with and not Path(args.shape_with, "prm/config.json").exists(),
+            (args.reset_frac + args.steer > 1, f"--reset-frac {args.reset_frac} and --steer {args.steer}: shares of the same rollouts, together at most 1"),
+            (args.dim % args.heads or args.heads % args.kv_heads or args.dim // args.heads % 2,
+             f"--dim {args.dim} must be an even multiple of --heads {args.heads}, and these a multiple of --kv-heads {args.kv_heads}"),
+            (args.shape_with and (promise or args.track_hacking or args.imitate_by == "progress"),
+             "--shape-with: Q is then no value, and --prm-loss promise-progress, --track-hacking and --imitate-by progress take it for one"),
+            (shape is not None and not Path(args.shape_with, "prm/config.json").exists(),
              f"--shape-with {args.shape_with}: no PRM there; name an iteration of a run, such as runs/default/iter3"),
-            (args.shape_with and (shape.get("prm_loss"), shape.get("algo")) != ("bce", "agentprm"),
+            (shape is not None and (shape.get("prm_loss"), shape.get("algo")) != ("bce", "agentprm"),
              f"--shape-with {args.shape_with}: only a PRM of a run with --algo agentprm and --prm-loss bce knows the states' values"),
-            (args.init and args.steer and not init.get("steer"),
-             f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out"),
-            (args.init and not Path(args.init, "config.json").exists(), f"--init {args.init}: no model there"),
-            *((args.init and init and init.get(name) != getattr(args, name), f"--init {args.init}: its run had other {what}, so it has been trained on what is new here: "
-               f"--{name.replace('_', '-')} {init.get(name)} is {getattr(args, name)} now") for name, what in (("without", "task types"), ("dev_games", "dev games"))),
-            (args.init and init and init.get("context") != args.context, f"--context {args.context}: the policy of --init {args.init} has {init.get('context')}, give the same")):
+            *complaints_of_init(args, init, changed)):
         if wrong:
             yield complaint
 
 
-def read_flags(folder, up):
-    """The flags of the run that a policy's or an iteration's folder belongs to, or {}."""
-    config = folder / up / "config.json"
-    return read_json(config).get("flags", {}) if config.exists() else {}
+def complaints_of_init(args, init, changed):
+    """What does not go with --init; init: the flags of its run, {} where they are not known, None for a run that needs it no longer. -> [(wrong, complaint)]"""
+    if init is None:
+        return []
+    if not Path(args.init, "config.json").exists():
+        return [(True, f"--init {args.init}: no model there")]
+    context = read_json(Path(args.init, "config.json")).get("max_position_embeddings", args.context)
+    unseen = lambda name, default: init and init.get(name, default) != getattr(args, name)
+    ignored = [flag for flag in (f"--{name.replace('_', '-')}" for name in OF_SFT) if changed(flag) and init.get(flag[2:].replace("-", "_")) != getattr(args, flag[2:].replace("-", "_"))]
+    return [(args.steer and not init.get("steer"), f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out"),
+            *((unseen(name, default), f"--init {args.init}: its run had other {what}, so it has been trained on what is new here: --{name.replace('_', '-')} {init.get(name, default)} is {getattr(args, name)} now")
+              for name, default, what in (("without", None, "task types"), ("dev_games", 200, "dev games"))),  # those of sft.py, which has no such flags
+            (args.context != context, f"--context {args.context}: the policy of --init {args.init} has {context}, give the same"),
+            (ignored, f"--init {args.init}: its π_0 was not trained with this {', '.join(ignored)}, which would have no effect")]
+
+
+def origin(folder, up="../.."):
+    """The run that a policy's folder belongs to (of train.py or sft.py, or kept beside the policy): its flags and its games, {} where nothing tells them."""
+    read = lambda path: read_json(path) if path.exists() else {}
+    kept = read(Path(folder, "../run.json"))
+    return read(Path(folder, up, "config.json")).get("flags") or kept.get("flags", {}), read(Path(folder, up, "data.json")) or kept.get("data", {})

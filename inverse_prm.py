@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import generator, key
+from common import UserError, generator, key
 from optim import optimise
 from prm import answers_loss, answers_of
 from ranks import mine, summed
@@ -92,13 +92,13 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, upda
     together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
     learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
     loss, of `checks.check_loss`: the classifier's own says little about the actions of one state, and without it f ranks them no better than a coin
-    (LOG.md). ValueError where a side has no transitions.
+    (LOG.md). UserError where a side has no transitions.
     """
     device = prm.cos.device
     pools = [(demo, taught, True) for demo, taught in demonstrations], [(t, None, False) for t in rollouts]
     pools = [[one for one in pool if len(ends.transitions(*one[:2])[0])] for pool in pools]
     if batch < 2 or not all(pools):
-        raise ValueError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
+        raise UserError("InversePRM needs transitions of the expert and of the learner, and at least one trajectory of each in a batch")
     # what half a batch weighs on average: by its own weight, a transition would weigh more among short episodes, which the expert's are
     total = {expert: batch // 2 * np.mean([len(ends.transitions(*one[:2])[0]) for one in pool]) for pool, expert in zip(pools, (True, False))}
     total_answers = batch // 2 * sum(np.mean([len(answers_of(t.spans)) for t, _, _ in pool]) for pool in pools)

@@ -44,7 +44,7 @@ def world_keys(trajectory, tokenizer, game):
     states, pairs = [], []
     for action in tokenizer.actions(trajectory.ids):
         _, _, *state, taken = env.snapshot()  # without the game and the number of steps
-        states.append(name(game.id, state, sorted(taken.items())))
+        states.append(name(game.id, state, sorted(at for at in taken.items() if at[1])))  # one put back is as if it had never been taken
         pairs.append(name(states[-1], action.strip()))
         env.step(action)
     own = slice(-len(trajectory), None)  # what came before was a demonstration's

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from common import key, uniform
+from common import UserError, key, uniform
 from env import NOTHING_HAPPENS, AlfworldEnv
 from model import Cache
 from tokenizer import END, SPECIAL, split_intro
@@ -136,7 +136,7 @@ def prompt_of(game, episode, begun=None, played=0):
 def begin(kind, env, tokenizer, context, game, episode, begun=None, played=0):
     """The first turn of an episode, or the next after the transcript `begun` of which `played` actions count, as a `kind`: Row, or a class made from it.
 
-    ValueError if it does not fit the context.
+    UserError if it does not fit the context.
     """
     intro, info = env.reset(game)
     for action in () if begun is None else tokenizer.actions(begun):
@@ -145,7 +145,7 @@ def begin(kind, env, tokenizer, context, game, episode, begun=None, played=0):
     ids = tokenizer.prompt(*split_intro(intro)) if begun is None else begun.tolist()
     row = kind(env, game, episode, key(game.id), list(ids), info, prompt_of(game, episode, begun))
     if row.start + MAX_ACTION > context:
-        raise ValueError(f"{game.id}: the first observation ({row.start} tokens) does not fit a context of {context}")
+        raise UserError(f"{game.id}: the first observation ({row.start} tokens) does not fit a context of {context}")
     return row
 
 

@@ -1,6 +1,6 @@
 """AgentPRM on ALFWorld, from games to a table of π_0 … π_3.
 
-    python train.py --iters 3 --rollouts 70000             # the whole method; on two CPU cores an afternoon
+    python train.py --iters 3 --rollouts 70000             # the whole method; it prints an estimate first
     python train.py --iters 3 --rollouts 4000              # a small one
     python train.py --smoke                                # every stage, tiny, on generated games
     torchrun --nproc_per_node=2 train.py --iters 3 --rollouts 70000    # the same on several GPUs, or machines that share the disk of --out
@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 import ranks
 from checks import check_loss, train_checks
-from common import UserError, command_line, generator, key, read_json, read_model, save_model, set_up_torch
+from common import RESUMED, UserError, command_line, generator, key, read_json, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
 from detours import with_detour
 from dpo import as_it_was, online_dpo
 from eval import evaluate_policy
 from expert import fit_prior
-from flags import episodes_of_each_game, parse_flags
-from games import task_folder
+from flags import OF_DEMONSTRATIONS, episodes_of_each_game, origin, parse_flags
+from games import same_games, task_folder
 from inverse_prm import Ends, rest_odds, told_apart, train_inverse_prm
 from model import Config
 from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, states_of, train_prm
@@ -71,7 +71,11 @@ def supervised(args, run, games):
             return
         if args.init:
             policy, tokenizer = read_model(args.init, run.device)
-            log = []
+            log, (theirs, data) = [], origin(args.init)
+            if not same_games(data.get("train", games.source), games.source):
+                raise UserError(f"--init {args.init}: its run had other games ({data['train']}; now {games.source}), so it may have been trained on what is held out here")
+            if differ := [f"--{name.replace('_', '-')} {theirs[name]} is {getattr(args, name)} now" for name in OF_DEMONSTRATIONS if theirs.get(name, getattr(args, name)) != getattr(args, name)]:
+                print(f"warning: demonstrations are made anew, and not those of --init ({'; '.join(differ)})", file=sys.stderr)
         else:
             prior = fit_prior(games.train)
             tokenizer = train_tokenizer(games.train, prior, args.seed)
@@ -140,10 +144,11 @@ def explore(args, run, games, i, todo):
     out = []
     for n, (game, number) in enumerate(todo):
         rng = generator(args.seed, "explore", i, n)
-        if rng.random() < args.reset_frac:
+        chance = rng.random()
+        if chance < args.reset_frac:
             demo = demos[rng.integers(len(demos))]
             out.append((games.by_id[demo.game], FROM_DEMONSTRATION + n, demo.ids[:demo.spans[rng.integers(len(demo)), 0]]))
-        elif rng.random() < args.steer:
+        elif chance < args.reset_frac + args.steer:
             out.append((game, number, np.array(tokenizer.prompt(*split_intro(hinted(game.intro, rng.choice(receptacle_types(game))))), np.int32)))
         else:
             out.append((game, number))
@@ -317,7 +322,7 @@ def improve(args, run, games, i, trajectories):
 
         def watch():
             """Does Q still mean success? Both, on the dev games, of the policy as it is now; Q's mean and that of the returns it stands for, over the same actions."""
-            played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed))
+            played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed, slots=args.slots))
             q = np.concatenate(opinions(prms, played), axis=1)  # (K, actions)
             return {"true/success": float(np.mean([t.won for t in played])), "true/actions": float(np.mean([len(t) for t in played])),
                     "true/return": float(np.concatenate([returns(t, args.gamma) for t in played]).mean()),
@@ -345,4 +350,4 @@ def evaluate(args, run, games, i):
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(command_line(main, RESUMED))

@@ -189,6 +189,10 @@ def test_of_a_won_rollout_what_went_better_than_expected_is_imitated_and_of_a_lo
                 by_hand[end:t.spans[k + 1, 0]] = 0.3 * np.mean(worth)
         np.testing.assert_allclose(weights, by_hand, rtol=1e-4, atol=1e-6)
         assert not imitated(t, better_than_expected(t, np.ones(len(t)), 0.9), 0.3).any()  # nothing went better than that
+        cut = copy.copy(t)
+        cut.forced = np.arange(len(t)) == len(t) // 2  # an <end> that was not sampled is neither learned nor unlearned
+        changed = imitated(cut, better_than_expected(t, V, 0.9), 0.3) != weights
+        assert set(np.nonzero(changed)[0]) <= {t.spans[len(t) // 2, 1] - 1} and imitated(cut, better_than_expected(t, V, 0.9), 0.3)[t.spans[len(t) // 2, 1] - 1] == 0
     assert {won for won, _ in seen} == {True, False}
 
 

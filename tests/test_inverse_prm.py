@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import inverse_prm
 from checks import check_loss
+from common import UserError
 from inverse_prm import Ends, inverse_loss, learned_rewards, rest_odds, told_apart, train_inverse_prm
 from prm import score
 from rollout import FROM_DEMONSTRATION
@@ -170,6 +171,6 @@ def test_a_side_without_transitions_is_refused(sides, tmp_path):
     demonstrations, rollouts = sides
     cut = [replace(t, spans=t.spans[:1], ids=t.ids[:t.spans[0, 1]], truncated=True) for t in rollouts]
     for a, b, batch in (([], rollouts, 8), (demonstrations, cut, 8), (demonstrations, rollouts, 1)):
-        with pytest.raises(ValueError, match="transitions"):
+        with pytest.raises(UserError, match="transitions"):
             train_inverse_prm(taught().with_score_head(), taught(), a, b, tell(), Ends(0.9), updates=1, lr=1e-3, batch=batch, temperature=1.0, seed=0,
                               state=tmp_path / "state")

@@ -186,10 +186,24 @@ def test_histories_that_lead_to_the_same_world_share_their_returns():
     pair = {name: q for name, q in zip(((w, k) for w in range(4) for k in range(4)), table["q_hat"])}
     assert pair[0, 1] == pair[1, 1] == pytest.approx(2 / 3) and pair[0, 3] == pair[1, 3] == pytest.approx(0.2)
     assert len(set(table["pair"].tolist())) < len(set(plain["pair"].tolist()))
+    taken = next((take, move, back) for g in [game] for take, move, back in things_to_put_back(g))
+    put_back = world_keys(play_through(game, (taken[0], "look", *taken[1:], "look"), 1.0), tokenizer(), game)[0]
+    assert put_back[1] == put_back[4]  # what is back in its place is as if it had never been taken
     other = world_keys(play_through(games()[1], ("look",) * 2, 1.0), tokenizer(), games()[1])[0]
     assert other[0] != states[0, 0]  # another game is another world
     begun = replace(trajectories[0], spans=trajectories[0].spans[2:])  # its first actions were a demonstration's
     assert (world_keys(begun, tokenizer(), game)[0] == states[0, 2:]).all()
+
+
+def things_to_put_back(game):
+    """Yield (go, take, move back) for things that can be taken from where they are in view."""
+    env = AlfworldEnv()
+    for go in (c for c in begin(game) if c.startswith("go to")):
+        env.reset(game)
+        info = env.step(go)[-1]
+        for take in (c for c in info["admissible_commands"] if c.startswith("take")):
+            thing, place = take[5:].split(" from ")
+            yield go, take, f"move {thing} to {place}"
 
 
 def begin(game):

@@ -22,7 +22,7 @@ def flags(tmp_path_factory):
     """The flags of a run from a policy that speaks."""
     folder = tmp_path_factory.mktemp("init")
     save_model(folder, taught(), tokenizer())
-    return [*TINY, "--init", folder]
+    return [*TINY, "--init", folder, "--context", "1024"]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import key, uniform
+from common import UserError, key, uniform
 from env import NOTHING_HAPPENS, AlfworldEnv
 from expert import Expert, demonstrate
 from rollout import MAX_ACTION, rollout
@@ -169,7 +169,7 @@ def test_an_episode_that_outgrows_the_context_is_cut_as_by_the_step_cap(context)
 
 
 def test_a_context_too_small_for_the_first_observation_is_told():
-    with pytest.raises(ValueError, match="does not fit a context of 60"):
+    with pytest.raises(UserError, match="does not fit a context of 60"):
         play(random_model(context=60), some())
 
 

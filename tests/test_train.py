@@ -15,11 +15,12 @@ import torch
 
 from common import UserError, read_model, save_model, write_file, write_json
 from figures import figures_of
-from flags import episodes_of_each_game, parse_flags
+from flags import OF_SFT, episodes_of_each_game, parse_flags
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from report import read_run
 from runs import Run, load_games, settle_flags
+from sft import main as sft_main
 from shards import load_trajectories, play_shards, rollouts_in, save_trajectories
 from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
 from tokenizer import ACT, split_intro
@@ -125,10 +126,16 @@ def test_the_rollouts_are_those_asked_for_and_the_policies_change(run):
         assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
+def of_init():
+    """The flags TINY, but for those of SFT alone, which --init leaves without effect."""
+    pairs = list(zip(TINY[1::2], TINY[2::2]))
+    return [TINY[0], *(word for pair in pairs if pair[0][2:].replace("-", "_") not in OF_SFT for word in pair)]
+
+
 def test_flags_reach_their_stage(run, tmp_path):
     """--init takes the policy as it is; another --seed, --ref, --beta changes what comes after."""
     save_model(tmp_path / "policy", taught(), tokenizer())
-    flags = [*TINY, "--init", str(tmp_path / "policy"), "--rollout-temperature", "1", "--iters", "1"]
+    flags = [*of_init(), "--init", str(tmp_path / "policy"), "--context", "1024", "--rollout-temperature", "1", "--iters", "1"]
     done = command("train.py", *flags, "--out", tmp_path / "init")
     assert done.returncode == 0, done.stderr
     got, words = read_model(tmp_path / "init/iter0/policy")
@@ -478,7 +485,6 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--algo", "inverseprm", "--imitate-by", "progress"), ("--imitate-by progress", "expert")),
     (("--prm-loss", "bt", "--imitate-by", "progress"), ("--imitate-by progress", "win")),
     (("--shape-with", "/nowhere"), ("/nowhere",)),
-    (("--steer", "0.5", "--init", "/nowhere/iter0/policy"), ("--steer", "/nowhere", "--init")),
     (("--curiosity", "0.1", "--prm-loss", "bt"), ("--curiosity",)),
     (("--hide-ends",), ("--hide-ends", "inverseprm")),
     (("--rest",), ("--rest", "inverseprm")),
@@ -505,6 +511,11 @@ def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run
     (("--forks", "2", "--prm-loss", "bt"), ("--forks",)),
     (("--forks", "2", "--state", "world"), ("--forks", "world")),
     (("--init", "/nowhere"), ("/nowhere", "no model there")),
+    (("--proposals", "0", "--ref", "init"), ("--ref init", "--proposals")),
+    (("--inverse-updates", "7"), ("--inverse-updates 7", "inverseprm")),
+    (("--data", "/nowhere"), ("--data /nowhere", "ALFWorld's games")),
+    (("--reset-frac", "0.6", "--steer", "0.5"), ("--reset-frac 0.6", "together")),
+    (("--shape-with", "/nowhere", "--track-hacking"), ("--shape-with", "--track-hacking")),
     (("--out", str(ROOT / "train.py")), ("train.py",)),
 ))
 def test_mistakes_are_told_in_one_line_before_any_work(flags, parts, tmp_path, monkeypatch, capsys):
@@ -520,6 +531,27 @@ def test_values_are_not_taken_from_a_prm_that_has_none(run, tmp_path, monkeypatc
         write_json(tmp_path / "other/iter1/prm/config.json", {})
         assert_refused(in_process(train_main, [*TINY, "--out", tmp_path / "run", "--shape-with", tmp_path / "other/iter1"], monkeypatch, capsys), "--shape-with", "knows the states' values")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_of_another_run_is_taken_only_where_it_fits(run, tmp_path, monkeypatch, capsys):
+    folder = copy_of(run, tmp_path)
+    start = lambda *more: in_process(train_main, [*of_init(), "--init", folder / "iter0/policy", "--out", tmp_path / "begun", *more], monkeypatch, capsys)
+    for more, parts in ((("--dev-games", 7), ("--dev-games 6 is 7 now",)), (("--context", 512), ("--context 512", "2048")), (("--steer", 0.5), ("--steer 0.5", "strategy")), (("--sparse", 0.3, "--sft-lr", 0.1), ("--sparse, --sft-lr", "no effect")),
+                        (("--n-generated", 50), ("other games", "40 generated games", "50 generated games"))):
+        assert_refused(start(*more), "--init", *parts)
+        shutil.rmtree(tmp_path / "begun", ignore_errors=True)
+    done = start("--iters", 0, "--seed", 1)
+    assert done.returncode == 0 and "not those of --init (--seed 0 is 1 now)" in done.stderr
+    shutil.rmtree(folder)
+    assert start("--iters", 0, "--seed", 1).returncode == 0  # it has a copy of its own
+
+
+def test_a_policy_of_sft_is_taken(tmp_path, monkeypatch, capsys):
+    done = in_process(sft_main, ["--games", "generated", "--demos", 16, "--updates", 1, "--glances", 0, "--searches", 0, "--max-steps", 4, "--episodes-per-game", 1, "--out", tmp_path / "sft"], monkeypatch, capsys)
+    assert done.returncode == 0, done.stderr
+    flags = ["--games", "generated", "--init", tmp_path / "sft/16/policy", "--iters", 0, "--max-steps", 4, "--dev-episodes", 1, "--test-splits", "--out", tmp_path / "run"]
+    assert in_process(train_main, flags, monkeypatch, capsys).returncode == 0
+    assert_refused(in_process(train_main, [*flags, "--n-generated", 900, "--out", tmp_path / "other"], monkeypatch, capsys), "--init", "other games")
 
 
 def test_defaults_that_follow_the_number_of_rollouts():
