@@ -59,13 +59,17 @@ def as_it_was(trajectory, weights, rng):
 
 def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs, beta, lr, temperature, seed, state, proposals=2,
                trunks=16, states_per_trunk=2, min_gap=0.0, imitate=0.0, weigh=None, stray=as_it_was, averaged=0.5, watch=None, name="DPO"):
-    """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log.
+    """Improve `policy` against the frozen `reference` by preferences of `score`(Tree) -> (branches,). -> log
 
-    `pairs`: states at which the policy proposes, in all. Each gives one pair, the best and the worst of `proposals` samples (the
-    paper's pair is two samples; with none, all is imitation). Fewer states where episodes are shorter than `states_per_trunk`. States where all read the same, or where the two scores differ by no more than `min_gap`, carry
-    no preference. `imitate`: weight of the likelihood of the trunks' own tokens, which weigh `weigh`(trajectories) -> [(L,)]
-    (credit.py; less than nothing: are unlearned); it comes out of the same pass. `stray`: another telling of a rollout as `as_it_was`, such as with a detour; `tell`: as of
-    `tellings.teller`, afterwards. `averaged`, `watch`: as in `optimise`.
+    pairs                 states at which the policy proposes, in all; fewer where episodes are shorter than `states_per_trunk`
+    proposals             samples at each: the best and the worst make a pair (the paper's pair is two samples); 0: all is imitation
+    trunks                trajectories an update, `states_per_trunk` states of each
+    min_gap               states where all samples read the same, or where the two scores differ by no more, carry no preference
+    beta, temperature     of `dpo_loss`: the KL's weight; what is sampled at, and what log-probabilities are taken at
+    imitate, weigh        weight of the likelihood of the trunks' own tokens, out of the same pass, and what these weigh:
+                          `weigh`(trajectories) -> [(L,)] of credit.py; less than nothing: are unlearned
+    stray, tell           another telling of a rollout in the place of `as_it_was`, such as with a detour; `tellings.teller`, afterwards
+    averaged, watch       as in `optimise`
     """
     steps = max(1, pairs // (trunks * states_per_trunk))
     device = policy.cos.device
