@@ -193,7 +193,8 @@ BENCHES = {"env": bench_env, "rollout": partial(bench_rollout, row=row), "prm": 
 def main():
     parser = Parser(__doc__, "%(prog)s PART [flags]")
     parser.add_argument("part", choices=BENCHES, help="what to measure")
-    parser.add_argument("--data", metavar="DIR", help="folder with json_2.1.1 (default: $ALFWORLD_DATA or ~/.cache/alfworld, else games are generated)")
+    parser.add_argument("--data", metavar="DIR",
+                        help="folder with json_2.1.1 (default: $ALFWORLD_DATA or ~/.cache/alfworld, else games are generated)")
     parser.add_argument("--policy", metavar="DIR", help="a trained policy, for all parts but env")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of both sides, for all parts but env")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")

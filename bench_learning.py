@@ -53,7 +53,8 @@ def bench_rollout(args, row):
     for batch, n in ((1, 4), (16, 16), (64, 64)):
         others[batch] = naive_seconds(model, tokenizer, games[:n], batch)
     best = min(others, key=others.get)
-    yield row("rollout.end_to_end", "ms", ours, others[best], f"transformers.generate on alfworld, batch {best}, of 1, 16, 64; an episode (ours: 16 of each of 64 games)")
+    yield row("rollout.end_to_end", "ms", ours, others[best],
+              f"transformers.generate on alfworld, batch {best}, of 1, 16, 64; an episode (ours: 16 of each of 64 games)")
     for batch in (16, 64, 256):
         for context in (350, 800):
             ours = decode_seconds(policy, batch, context)
@@ -130,8 +131,8 @@ def generate_seconds(model, batch, context, kind):
         return scores
 
     from transformers import LogitsProcessorList
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=True, top_k=0, pad_token_id=PAD, eos_token_id=END,
-                   cache_implementation=kind, logits_processor=LogitsProcessorList([stamp]))
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=True, top_k=0,
+                   pad_token_id=PAD, eos_token_id=END, cache_implementation=kind, logits_processor=LogitsProcessorList([stamp]))
     return float(np.median(np.diff(times)))
 
 
@@ -194,7 +195,8 @@ def bench_prm(args, row):
 
     ours, theirs = partial(passes, prm, list(zip(trajectories, labels)), in_one_pass), partial(passes, prm, cut, a_sequence_each)
     a, b = equal_losses(ours, theirs)
-    yield row("prm.labels", "ms", turns(ours, 5) / len(cut), turns(theirs, 1) / len(cut), f"a sequence for each (s, a); {len(cut)} labels, losses {a:.5f} and {b:.5f}")
+    yield row("prm.labels", "ms", turns(ours, 5) / len(cut), turns(theirs, 1) / len(cut),
+              f"a sequence for each (s, a); {len(cut)} labels, losses {a:.5f} and {b:.5f}")
 
 
 def bench_dpo(args, row):
@@ -239,7 +241,8 @@ def bench_dpo(args, row):
 
     ours, theirs = partial(passes, policy, trajectories, as_trees), partial(passes, trainer.model, pairs, by_trl)
     a, b = equal_losses(ours, theirs)
-    yield row("dpo.pairs", "ms", turns(ours, 5) / len(pairs), turns(theirs, 3) / len(pairs), f"trl {trl.__version__}'s DPOTrainer; {len(pairs)} pairs, losses {a:.5f} and {b:.5f}")
+    yield row("dpo.pairs", "ms", turns(ours, 5) / len(pairs), turns(theirs, 3) / len(pairs),
+              f"trl {trl.__version__}'s DPOTrainer; {len(pairs)} pairs, losses {a:.5f} and {b:.5f}")
 
 
 def plain_logprobs(tree, model):
@@ -292,11 +295,13 @@ def bench_floor(args, row):
     policy.extend = counted
     episodes = len(play())
     del policy.extend
-    for name, run, n, unit, loaded in (("rollouts", play, episodes, "ms", read[0]), ("PRM", partial(passes, policy, trajectories, plain), tokens, "us", 0)):
+    for name, run, n, unit, loaded in (("rollouts", play, episodes, "ms", read[0]),
+                                       ("PRM", partial(passes, policy, trajectories, plain), tokens, "us", 0)):
         with FlopCounterMode(display=False) as counter:
             run()
         work, seconds = counter.get_total_flops(), turns(run, 3)
         what = "an episode" if name == "rollouts" else "a token, forward and backward"
         yield row(f"floor.{name}.compute", unit, seconds / n, work / flops / n, f"{what}: {work / n / 1e6:.1f} MFLOP")
         if loaded:
-            yield row(f"floor.{name}.memory", unit, seconds / n, loaded / bandwidth / n, f"{what}: {loaded / n / 1e6:.1f} MB of weights, keys and values")
+            yield row(f"floor.{name}.memory", unit, seconds / n, loaded / bandwidth / n,
+                      f"{what}: {loaded / n / 1e6:.1f} MB of weights, keys and values")

@@ -1,20 +1,23 @@
-"""Before its lessons, the PRM is taught to check an action against the text before it.
+"""Before its lessons, the PRM is taught to check an action against the text before it; and afterwards it is asked whether it does.
 
-Returns are too noisy a teacher for that: most of a return is decided by the state, whichever action is taken (LOG.md). So it first sees the demonstrations of π_0, and beside each
-action a `wrong` one, and learns to hold the first for better. Nothing else is read; only the weights below the head are
-kept, and the lessons start from them.
+Returns are too noisy a teacher for that: most of a return is decided by the state, whichever action is taken (LOG.md). So it first sees the
+demonstrations of π_0, and beside each action a `wrong` one, and learns to hold the first for better. Nothing else is read; only the weights below the
+head are kept, and the lessons start from them.
 
 InversePRM goes on checking during its lessons: to tell the expert from the learner it need not rank the actions of one state, and forgets how.
 """
 
 import numpy as np
 
-from common import generator
+from common import generator, key
+from env import AlfworldEnv
+from expert import fit_prior
 from optim import optimise
-from prm import bt_loss, scores_at
+from prm import bt_loss, pair_gaps, scores_at, share_right
 from ranks import mine, summed
+from tellings import expert_trajectories
 from tokenizer import ACT, END
-from tree import Tree
+from tree import Tree, distinct, propose
 
 
 def wrong(action, text, tokenizer, rng):
@@ -45,7 +48,8 @@ def wrong(action, text, tokenizer, rng):
 def check_loss(prm, tokenizer, demonstrations, tell, batch, rng):
     """f higher behind an action of a demonstration than behind a wrong one, by `bt_loss`. -> scalar or None, {metric: (sum, count)}
 
-    Of `batch` of the demonstrations [(Trajectory, taught (T,))] that rng draws, told by `tell` (`tellings.teller`) with any numbers, all actions but mistakes.
+    Of `batch` of the demonstrations [(Trajectory, taught (T,))] that rng draws, told by `tell` (`tellings.teller`) with any numbers,
+    all actions but mistakes.
     """
     texts, pairs = [], []  # of each demonstration: ids; [(start, end of the action, ids of a wrong one)]
     for i in rng.choice(len(demonstrations), batch, replace=len(demonstrations) < batch):
@@ -70,3 +74,43 @@ def train_checks(prm, tokenizer, demonstrations, tell, *, updates, lr, batch, se
     """Teach f of `prm` to check, by `check_loss`. -> log"""
     loss_of = lambda step: check_loss(prm, tokenizer, demonstrations, tell, batch, generator(seed, "check", step))
     return optimise(prm, loss_of, updates, lr, state, name)
+
+
+# --- the report card: does it hold an expert's action for better? ---------------------------------------------------------
+
+ASKED = 4  # proposals at a state, whatever --proposals: runs are to be compared
+
+
+def against_chance(trajectory, tokenizer, game, rng):
+    """At each state of an expert's episode its action against another admissible one, as pairs of `qestimate.preference_pairs`."""
+    env, pairs = AlfworldEnv(), []
+    _, info = env.reset(game)
+    for k, action in enumerate(tokenizer.actions(trajectory.ids)):
+        others = [command for command in info["admissible_commands"] if command != action]
+        pairs.append((k, np.array(tokenizer.action(others[rng.integers(len(others))]))))
+        info = env.step(action)[-1]
+    return pairs
+
+
+def against_policy(trajectory, tokenizer, policy, proposals, seed):
+    """The same against what else a policy proposes there, where it reads otherwise."""
+    text = lambda action: tokenizer.decode(action).strip()
+    states = [(0, int(start)) for start in trajectory.spans[:, 0]]
+    drawn = propose(policy, [trajectory.ids.astype(np.int64)], states, proposals, 1.0, (seed, key(trajectory.game), np.arange(len(states))))
+    return [(k, np.array(action)) for k, (some, own) in enumerate(zip(drawn, tokenizer.actions(trajectory.ids)))
+            for action, _ in distinct(some, tokenizer) if text(action) != own]
+
+
+def expert_preferred(prm, policy, tokenizer, train, dev, *, seed, max_steps, context):
+    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that `policy`, π_{i−1}, proposes.
+
+    `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: about what --min-gap leaves to stage 3.
+    """
+    rng, game_of = generator(seed, "against chance"), {game.id: game for game in dev}
+    episodes = [t for t, _ in expert_trajectories(dev, fit_prior(train), tokenizer, demos=min(300, len(dev)), seed=seed, mistakes=0.0,
+                                                  max_steps=max_steps, context=context)]
+    chance = pair_gaps(prm, episodes, [against_chance(t, tokenizer, game_of[t.game], rng) for t in episodes])
+    gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, ASKED, seed) for t in episodes])
+    far = {least: gaps[abs(gaps) > least] for least in (0.02, 0.05, 0.1, 0.2)}
+    return {"to_chance": share_right(chance), "to_policy": share_right(gaps),
+            "by_gap": {least: (share_right(some), len(some)) for least, some in far.items()}}

@@ -69,7 +69,8 @@ RESUMED = "interrupted; the same command continues where it stopped"  # said by 
 def command_line(main, interrupted="interrupted"):
     """Run a command's `main`, with mistakes of the user as one line and exit code 2, and Ctrl-C as one line, `interrupted`.
 
-    A plain ValueError is a bug, such as tensors of shapes that do not fit, and keeps its traceback; DataError and GameError are kinds of it that tell of files.
+    A plain ValueError is a bug, such as tensors of shapes that do not fit, and keeps its traceback;
+    DataError and GameError are kinds of it that tell of files.
     """
     try:
         main()

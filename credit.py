@@ -58,11 +58,13 @@ def progress(M):
 
 
 def like_the_expert(trajectories, scores, ends):
-    """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it: (T,) each, the same for all its actions.
+    """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it:
+    (T,) each, the same for all its actions.
 
-    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned (with rest, what it is more than a step of rest has), scores (T,) of each rollout its f: self-imitation (as `better_than_expected`) of a return
-    that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would say nothing of the rollout. Rollouts that began
-    in the midst of a demonstration are neither compared nor imitated: they owe their return to where they began.
+    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned (with rest, what it is more than a step of rest has), scores (T,) of each
+    rollout its f: self-imitation (as `better_than_expected`) of a return that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to
+    f(s_0, a_0), and would say nothing of the rollout. Rollouts that began in the midst of a demonstration are neither compared nor imitated: they owe
+    their return to where they began.
     """
     learned = np.array([(learned_rewards(t, f, ends) - (ends.rest or 0.0)).sum() for t, f in zip(trajectories, scores)])
     whole = np.array([t.episode < FROM_DEMONSTRATION for t in trajectories])
@@ -71,7 +73,8 @@ def like_the_expert(trajectories, scores, ends):
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, ends):
-    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, outcome, surplus, expert, progress or all: for each trajectory (T,).
+    """What each action of the rollouts is worth to be imitated, `by` (--imitate-by) win, outcome, surplus, expert, progress or all:
+    for each trajectory (T,).
 
     What won rollouts are measured by, V(s_t), depends on what the PRM was trained for: its own reading at the state; of a PRM of promise,
     M_{t−1}, which plays V there (P2; γ M_0 for t = 0: nothing gained, nothing lost); 0 of one that compares actions of one state only.
@@ -100,7 +103,8 @@ def worth(prms, trajectories, by, *, how, prm_loss, ends):
 def imitated(trajectory, gain, obs_weight, unlearn=0.0):
     """How much each token of a rollout is imitated, (L,) float32; less than nothing: how much the action it belongs to is to be unlearned.
 
-    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions, and one that the world did not accept −`unlearn`.
+    An admissible action weighs its gain (T,), the world's answers `obs_weight` times the mean of its actions, and one that the world
+    did not accept −`unlearn`.
     """
     weights = np.zeros(len(trajectory.ids), np.float32)
     gain = np.where(trajectory.inadmissible, 0, gain)

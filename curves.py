@@ -126,7 +126,8 @@ def main():
         for one in missing if asked[over] else ():
             result["rows"].append(one)
             write_json(file, result)
-    print(f"{source}, cap {options['max_steps']}, temperature {options['temperature']}; behind the rows: largest N over smallest, points (95 % interval)")
+    print(f"{source}, cap {options['max_steps']}, temperature {options['temperature']}; "
+          "behind the rows: largest N over smallest, points (95 % interval)")
     for over in (over for over in asked if asked[over]):
         print(*table(result["rows"], pairs, over, asked[over]), sep="\n")
     print(f"written to {file}")

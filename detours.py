@@ -16,11 +16,12 @@ PLACES, WALK = 8, 10  # of a detour, at most: places that it is among, actions
 
 
 def detour(game, actions, answers, ways, rng):
-    """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers. -> (that number, [(action, answer), …]) or None
+    """A walk before one of the `ways`, numbers of actions "go to …" of an episode: its actions, the world's answers.
+    -> (that number, [(action, answer), …]) or None
 
-    The walk is among places of kinds that the episode does not go to from there on, and those of the others that it was at last, so that the demonstrator goes on as it
-    would have (`Expert._search`). One that comes upon the wanted thing, or a lamp that is looked for, is not told, for then
-    taking it would be right, nor one that ends where the thing could be put as well, nor one after which the world answers otherwise.
+    The walk is among places of kinds that the episode does not go to from there on, and those of the others that it was at last, so that the
+    demonstrator goes on as it would have (`Expert._search`). One that comes upon the wanted thing, or a lamp that is looked for, is not told, for
+    then taking it would be right, nor one that ends where the thing could be put as well, nor one after which the world answers otherwise.
     """
     if not ways:
         return None
@@ -29,7 +30,8 @@ def detour(game, actions, answers, ways, rng):
     been, kind = set(actions[:k]), lambda way: base(way.removeprefix("go to "))
     later = {kind(way) for way in actions[k:] if way.startswith("go to ")}
     last_of = {kind(way): way for way in actions[:k] if way.startswith("go to ")}
-    pool = [way for way in (f"go to {place}" for place in names(view)) if way != actions[k] and (kind(way) not in later or last_of.get(kind(way)) == way)]
+    pool = [way for way in (f"go to {place}" for place in names(view))
+            if way != actions[k] and (kind(way) not in later or last_of.get(kind(way)) == way)]
     if not pool:
         return None
     among = rng.permutation(pool)[:rng.integers(1, PLACES + 1)]
@@ -52,7 +54,8 @@ def replay(game, actions):
 
 
 def with_detour(trajectory, weights, game, tokenizer, rng, longest):
-    """A rollout told with a detour before one of the ways that `weights` (L,) teach, if there is one. -> (ids (L′,), starts of its own actions (T,), weights (L′,))
+    """A rollout told with a detour before one of the ways that `weights` (L,) teach, if there is one.
+    -> (ids (L′,), starts of its own actions (T,), weights (L′,))
 
     The detour weighs nothing. Where no action would have room behind it any more, in `longest` tokens, it is told without.
     """
@@ -68,4 +71,5 @@ def with_detour(trajectory, weights, game, tokenizer, rng, longest):
     if starts[-1] + len(between) + MAX_ACTION > longest:  # another proposal there may be as long as an action can be
         return ids, starts, weights
     at = starts[k]  # where action k begins, behind its <act>
-    return np.insert(ids, at, between), starts + len(between) * (np.arange(len(starts)) >= k), np.insert(weights, at, np.zeros(len(between), weights.dtype))
+    return (np.insert(ids, at, between), starts + len(between) * (np.arange(len(starts)) >= k),
+            np.insert(weights, at, np.zeros(len(between), weights.dtype)))

@@ -27,7 +27,8 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
 
 
 def unlikelihood(logprobs, slack=0.05):
-    """−log(1 − π(a|s) + slack), of an action that one should not do again (Welleck et al. 2020, eq. 4, of whole actions: most tokens of a wrong one are right).
+    """−log(1 − π(a|s) + slack), of an action that one should not do again
+    (Welleck et al. 2020, eq. 4, of whole actions: most tokens of a wrong one are right).
 
     logprobs (N,): log π(a|s), summed over an action's tokens. Slack bounds the gradient where an action is as good as certain. -> (N,)
     """
@@ -35,7 +36,8 @@ def unlikelihood(logprobs, slack=0.05):
 
 
 def imitation_loss(policy, h, ids, weights, total=None):
-    """Weighted cross-entropy of the trunks' own tokens, and `unlikelihood` of actions whose tokens weigh less than nothing: h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
+    """Weighted cross-entropy of the trunks' own tokens, and `unlikelihood` of actions whose tokens weigh less than nothing:
+    h (B, S, D) and ids (B, S) of a Tree, weights (B, L), L ≤ S. -> scalar
 
     total: what to divide by instead of the tokens' weight: that of the whole batch, or of an average one, where this is but a part of it.
     """
@@ -45,7 +47,8 @@ def imitation_loss(policy, h, ids, weights, total=None):
     loss, wrong = (losses * weight.clamp(min=0)).sum(), weight < 0
     if wrong.any():
         row, place = row[wrong], place[wrong]
-        begins = torch.cat([row.new_ones(1), (row.diff() != 0) | (place.diff() != 1)])  # an action's tokens are side by side, and between two actions is an answer
+        # an action's tokens are side by side, and between two actions is an answer
+        begins = torch.cat([row.new_ones(1), (row.diff() != 0) | (place.diff() != 1)])
         action = begins.cumsum(0) - 1
         logprobs = losses.new_zeros(int(begins.sum())).index_add(0, action, -losses[wrong])
         loss = loss - (weight[wrong][begins.bool()] * unlikelihood(logprobs)).sum()
@@ -76,8 +79,8 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     plan = [picked for _, picked in zip(range(steps), batches(len(trajectories), trunks, generator(seed, "drawn")))]
     visited = np.unique(np.concatenate(plan))
     worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
-    # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more. What is to be unlearned weighs
-    # as much as what is imitated, so the more of it there is, the less a token of either kind counts
+    # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more. What is to be
+    # unlearned weighs as much as what is imitated, so the more of it there is, the less a token of either kind counts
     length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([np.abs(w[1:]).sum() for w in worth_of.values()] or [0.0])
 
     def preferences(step, ids, states, numbers, metrics):
@@ -91,7 +94,8 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
             return []
         with torch.no_grad():
             q = score(Tree(ids, branches, device)).float().cpu().split(counts_of)
-        order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(np.cumsum(counts_of) - counts_of, q) if f.max() - f.min() > min_gap]
+        order = [(first + int(f.argmax()), first + int(f.argmin())) for first, f in zip(np.cumsum(counts_of) - counts_of, q)
+                 if f.max() - f.min() > min_gap]
         metrics.update({"score/mean": (torch.cat(q).sum(), sum(counts_of)), "score/gap": (sum(f.max() - f.min() for f in q), len(q)),
                         "pairs/kept": (len(order), len(states))})
         return [branches[i] for pair in order for i in pair]
@@ -111,8 +115,10 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
         if not picked:
             return None, metrics
         states = [(b, int(starts[b][k])) for b in range(len(picked)) for k in at[b]]
-        branches = [] if not proposals else preferences(step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
-        stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)  # states: of a long trajectory as few are drawn as of a short one
+        branches = [] if not proposals else preferences(
+            step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
+        # states: of a long trajectory as few are drawn as of a short one
+        stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)
         taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated, or unlearned in part
         if not branches and not taught:
             return None, metrics

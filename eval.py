@@ -142,7 +142,8 @@ def remarks(result):
     if "world_actions" in result:
         lines.append(f"actions tried in the world an episode: {result['world_actions']:.1f}")
     if result.get("predictions", {}).get("answers"):
-        lines.append(f"the world's answers foretold: {result['predictions']['exact']:.1%} exactly, {result['predictions']['tokens']:.1%} of their tokens")
+        lines.append(f"the world's answers foretold: {result['predictions']['exact']:.1%} exactly, "
+                     f"{result['predictions']['tokens']:.1%} of their tokens")
     if "equal_episodes" in result:
         lines.append(f"won and actions alike in both engines: {result['equal_episodes']:,} of {len(result['episodes']):,} episodes")
     if "inadmissible" in result:
@@ -160,7 +161,8 @@ def keep_by_expand(text):
 
 def check(args):
     """UserError for flags that do not go together."""
-    searches = [flag for flag, used in (("--best-of", args.best_of > 1), ("--beam", args.beam), ("--best-of-episodes", args.best_of_episodes > 1)) if used]
+    searches = [flag for flag, used in (("--best-of", args.best_of > 1), ("--beam", args.beam),
+                                        ("--best-of-episodes", args.best_of_episodes > 1)) if used]
     if args.agent == "policy" and not args.policy:
         raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
     if args.agent != "policy" and searches:
@@ -183,7 +185,8 @@ def check(args):
         raise UserError("--engine both is for evaluations, not for --watch or --agent human")
     if args.beam and args.engine != "fast":
         raise UserError("--beam needs a world that can be set back: --engine fast")
-    if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps, *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
+    if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps,
+            *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
             or min(args.seed, args.lookahead) < 0):
         raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
                         "--lookahead and --seed at least 0")
@@ -207,20 +210,23 @@ def parse():
     add(who, "--policy", "folder of a policy", metavar="DIR")
     add(who, "--prm", "folder of a PRM, for what follows", metavar="DIR")
     add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
-    add(who, "--lookahead", "compare the N actions of --best-of by the Q of what the policy imagines after them: D answers of the world and D actions; 0: not",
-        type=int, default=0, metavar="D")
-    add(who, "--beam", "step-level beam search: K histories are kept, each samples M actions, the K of highest Q go on; the world is set back as needed",
-        type=keep_by_expand, metavar="KxM")
+    add(who, "--lookahead", "compare the N actions of --best-of by the Q of what the policy imagines after them: "
+        "D answers of the world and D actions; 0: not", type=int, default=0, metavar="D")
+    add(who, "--beam", "step-level beam search: K histories are kept, each samples M actions, the K of highest Q go on; "
+        "the world is set back as needed", type=keep_by_expand, metavar="KxM")
     add(who, "--best-of-episodes", "play every episode N times and take the one of highest Q at its last action", type=int, default=1, metavar="N")
-    add(who, "--watch", "play one game, that of --seed, and print it step by step: what else the policy proposes and, with --prm, Q", action="store_true")
+    add(who, "--watch", "play one game, that of --seed, and print it step by step: what else the policy proposes and, with --prm, Q",
+        action="store_true")
     add(who, "--temperature", "sampling temperature; 0 is greedy", type=a_temperature, default=0.3, metavar="X")
     add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
     what = parser.add_argument_group("games")
     game_flags(what, "valid_seen")
-    add(what, "--n-generated", f"how many generated games a split has (default: {COMPLETE['train']} of train, whose share is dev, 200 of others)", type=int, metavar="N")
+    add(what, "--n-generated", f"how many generated games a split has (default: {COMPLETE['train']} of train, whose share is dev, 200 of others)",
+        type=int, metavar="N")
     add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
     add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
-    add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast", choices=("fast", "alfworld", "both"))
+    add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast",
+        choices=("fast", "alfworld", "both"))
     run = parser.add_argument_group("run")
     add(run, "--seed", "names all randomness", type=int, default=0)
     add(run, "--slots", "episodes in flight at once (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
@@ -239,7 +245,8 @@ def chosen_games(args):
         if stock and games[0].path is None:
             raise UserError(f"--engine {args.engine}: generated games that a run held out are not written for it; another --split")
     else:
-        args.n_generated = args.n_generated or (COMPLETE["train"] if args.split in ("dev", "train") else 200)  # dev as train.py and sft.py hold it out
+        # dev as train.py and sft.py hold it out
+        args.n_generated = args.n_generated or (COMPLETE["train"] if args.split in ("dev", "train") else 200)
         games, source = games_for(args.games, args.data, args.split, args.n_generated)
     if not stock or games[0].path is not None:
         return games, source, None
@@ -264,9 +271,11 @@ def evaluation(args, games, policy=None, tokenizer=None, prm=None):
     if args.beam:
         return lambda make_env: evaluate_beams(policy, prm, tokenizer, games, *args.beam, make_env=make_env, **common)
     if args.best_of_episodes > 1:
-        return lambda make_env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible, make_env=make_env, **common)
+        return lambda make_env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible,
+                                                       make_env=make_env, **common)
     common["slots"] = args.slots or slots_for(policy, args.best_of)
-    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=chooser(args, prm), admissible=args.admissible, predictions=args.lookahead > 0, make_env=make_env, **common)
+    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=chooser(args, prm), admissible=args.admissible,
+                                            predictions=args.lookahead > 0, make_env=make_env, **common)
 
 
 def main():
@@ -291,8 +300,10 @@ def main():
         agent = policy, tokenizer, prm
     if args.watch:
         game = games[generator(args.seed, "watch").integers(len(games))]
-        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=chooser(args, prm), admissible=args.admissible, temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
-        print(*narrated(told(game, trajectory, policy, tokenizer, PROPOSED_AT, args.seed, prm, prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
+        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=chooser(args, prm), admissible=args.admissible,
+                               temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
+        print(*narrated(told(game, trajectory, policy, tokenizer, PROPOSED_AT, args.seed, prm,
+                             prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
         return 0
     play_in = evaluation(args, games, *agent)
     results = [play_in(world) for world in worlds]

@@ -4,8 +4,8 @@
     python experiments.py plain bt promise --seeds 0,1,2         # run what is missing, print the rows
     python experiments.py q-hat reference pilot                  # three first experiments, on small games of short tasks
 
-A run lives in runs/experiments/SEED/NAME (the first experiments' in tiny/NAME) and is resumed where it stopped; report.py and curves.py open those that have an iteration.
-What it has in common with the plain run, it takes from there: π_0 and, of iteration 1, what no flag of its own changes.
+A run lives in runs/experiments/SEED/NAME (the first experiments' in tiny/NAME) and is resumed where it stopped; report.py and curves.py open those
+that have an iteration. What it has in common with the plain run, it takes from there: π_0 and, of iteration 1, what no flag of its own changes.
 """
 
 import shlex
@@ -29,19 +29,25 @@ from rollout import action_logprobs, rollout
 from runs import provenance, same_flags
 from tellings import expert_trajectories
 
-DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"  # the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
+# the paper's stage 3; at the learning rate of imitation it drives the policy out of its language (LOG.md)
+DPO_ALONE = "--imitate 0 --average 0 --dpo-lr 3e-5"
 WIDE = "--min-gap 0.05 --states-per-trajectory 8 --pairs 100000 --track-hacking"  # as many updates, of eight times as many states and of wider gaps
-STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last"  # as wide, and stops before it is hacked
-CONTROL = "--imitate-by all --proposals 0"  # what is left of InversePRM without the learned reward: its own admissible actions, all of them, so that unlearning weighs less beside them
+# as wide, and stops before it is hacked
+STEPS = f"{DPO_ALONE} --min-gap 0.05 --states-per-trajectory 8 --pairs 10000 --dpo-temperature 0.4 --states-of last"
+# what is left of InversePRM without the learned reward: its own admissible actions, all of them, so that unlearning weighs less beside them
+CONTROL = "--imitate-by all --proposals 0"
 HACKED = f"--imitate 0 --average 0 --dpo-lr 1e-4 {WIDE}"  # three times faster
 BASELINES = {  # flags of π_0; either wins about 63 % of dev, as the paper's does where it is judged
-    "few": "--demos 230 --own-names --sparse 0 --glances 300 --searches 0",  # told again and again; without shared names, sparser rooms and searches, with which they would win far more (LOG.md)
-    "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sparse 0 --searches 0 --sft-weight-decay 0.01",  # told once each and as they are: the paper's number of them
+    # told again and again; without shared names, sparser rooms and searches, with which they would win far more (LOG.md)
+    "few": "--demos 230 --own-names --sparse 0 --glances 300 --searches 0",
+    # told once each and as they are: the paper's number of them
+    "paper": "--demos 10000 --sft-updates 1 --glances 0 --exchange 0 --detours 0 --own-names --sparse 0 --searches 0 --sft-weight-decay 0.01",
 }
 ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and those of the baseline; {home} is the folder of the seed's runs
     "plain": "",
     "three": "--iters 3",
-    "as-published": f"{DPO_ALONE} --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",  # the paper's method alone, of 16 rollouts a game
+    # the paper's method alone, of 16 rollouts a game
+    "as-published": f"{DPO_ALONE} --proposals 2 --states-of last --checks 0 --exchange 0 --prm-obs-weight 0 --min-games 1",
     "ref-init": "--iters 3 --ref init",
     "longer": "--pairs 50000",
     "imitation-alone": "--proposals 0",
@@ -72,11 +78,13 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     "inverse": "--algo inverseprm --iters 2",
     "inverse-rest": "--algo inverseprm --iters 2 --rest",
     **{f"inverse-steps{name}": f"--algo inverseprm {STEPS}{flags}" for name, flags in {  # DPO alone by f: what f knows of actions
-        "": "", "-rest": " --rest", "-hidden": " --hide-ends", "-reset": " --rest --reset-frac 0.5"}.items()},  # -reset: the learner acts where the expert stood
+        "": "", "-rest": " --rest", "-hidden": " --hide-ends",
+        "-reset": " --rest --reset-frac 0.5"}.items()},  # the learner acts where the expert stood
     "inverse-control": f"--algo inverseprm --iters 2 {CONTROL}",
     "promise": "--prm-loss promise-progress --targets td-gae",
     "progress": "--prm-loss promise-progress --targets td-gae --imitate-by progress",
-    **{f"labels-{name}": f"--prm-loss promise-progress --prm-obs-weight 0 --pairs 16 {flags}" for name, flags in {  # labels compared: nothing but the PRM is trained
+    # labels compared: nothing but the PRM is trained
+    **{f"labels-{name}": f"--prm-loss promise-progress --prm-obs-weight 0 --pairs 16 {flags}" for name, flags in {
         "mc": "", "td": "--targets td-gae", "td-1": "--targets td-gae --gamma 1", "sarsa": "--targets sarsa",
         "forks": "--forks 4 --rollouts 90 --prm-epochs 88",  # as many sampled tokens as 4,000 rollouts, as many updates
         "forks-8": "--forks 4 --rollouts 720 --prm-epochs 11"}.items()},  # eight times as many tokens
@@ -93,12 +101,16 @@ ABLATIONS = {  # name: flags of train.py beside --iters 1 --rollouts 4000 and th
     **{f"noise-{p}": f"--demo-noise {p / 100} --algo inverseprm" for p in (10, 25, 50)},
     **{f"noise-{p}-sft": f"--iters 0 --demo-noise {p / 100} --sft-updates 2281" for p in (10, 25, 50)},  # cloning for as many updates
 }
-OWN_POLICY = ("plain", "shared-names", "sparse", "searches", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft", "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
-OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs prm_obs_weight".split()}  # but not of the checks before it
-OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of states_per_trajectory min_gap track_hacking".split()}
+OWN_POLICY = ("plain", "shared-names", "sparse", "searches", "without-exchange", "little-decay", "without-detours", "longer-sft", "longest-sft",
+              "steer", "without-heat", *(name for name in ABLATIONS if name.startswith("noise")))  # where π_0 is trained
+OF_STAGE_2 = {*"algo inverse_updates hide_ends rest prm_loss targets state curiosity shape_with shape ensemble ensemble_by prm_epochs "
+               "prm_obs_weight".split()}  # but not of the checks before it
+OF_STAGE_3 = {*"ref beta pairs proposals dpo_lr dpo_temperature imitate imitate_by imitate_detours unlearn average states_of "
+               "states_per_trajectory min_gap track_hacking".split()}
 GAMES, DEV = 1200, 200  # of the first experiments
-TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --searches 0 --checks 300 --demos 400 --sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 " \
-       "--pairs 4800 --dim 64 --layers 2 --hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes a minute or two
+TINY = f"--games tiny --n-generated {GAMES} --dev-games {DEV} --max-steps 15 --glances 300 --searches 0 --checks 300 --demos 400 " \
+       "--sft-updates 400 --sft-lr 5e-3 --sparse 0 --sft-weight-decay 0.01 --rollouts 2000 --min-games 1000 --pairs 4800 --dim 64 --layers 2 " \
+       "--hidden 128 --test-splits valid_unseen --episodes-per-game 2"  # an iteration takes a minute or two
 PILOT = "--iters 2 --algo inverseprm --inverse-updates 200"
 OF_EACH, PLAYED = (16, 64, 256), 6400  # q-hat: rollouts of each game, and in all
 NOISE = (0.0, 0.1, 0.25, 0.5)  # pilot: chances that the demonstrator acts at random
@@ -163,12 +175,14 @@ def spread(values, scale=100, digits=1):
 
 
 def row(folders):
-    """What the runs of one ablation came to, over seeds: success of π_0, π_1 and the last policy, and the report card of the first PRM. -> cells of text"""
+    """What the runs of one ablation came to, over seeds: success of π_0, π_1 and the last policy, and the report card of the first PRM.
+    -> cells of text"""
     results = [read_json(folder / "result.json")["rows"] for folder in folders]
     if "--pairs 16 " in ABLATIONS.get(folders[0].name, ""):  # stage 3 was left out
         results = [rows[:1] for rows in results]
     last = len(results[0]) - 1
-    cells = [spread([rows[i][split]["success"] for rows in results]) if i <= last and split in results[0][0] else "–" for split in ("dev", "valid_seen") for i in (0, 1, max(1, last))]
+    cells = [spread([rows[i][split]["success"] for rows in results]) if i <= last and split in results[0][0] else "–"
+             for split in ("dev", "valid_seen") for i in (0, 1, max(1, last))]
     if not (folders[0] / "iter1/prm.json").exists():
         return [*cells, *"––––"]
     prms = [read_json(folder / "iter1/prm.json") for folder in folders]
@@ -177,7 +191,8 @@ def row(folders):
                     *(spread([prm["expert_preferred"][to] for prm in prms]) for to in ("to_policy", "to_chance"))]
 
 
-HEAD = ("", "dev: π_0", "π_1", "π_last", "valid_seen: π_0", "π_1", "π_last", "correlation with returns", "better of two actions", "expert's over the policy's", "over one by chance")
+HEAD = ("", "dev: π_0", "π_1", "π_last", "valid_seen: π_0", "π_1", "π_last", "correlation with returns", "better of two actions",
+        "expert's over the policy's", "over one by chance")
 
 
 def hacking_curve(folder):
@@ -231,8 +246,8 @@ def q_hat(args):
     policy, tokenizer = read_model(tiny_start(args))
 
     def by_chance(games, each, cap=30):  # 30: in 15 it hardly ever wins
-        return [t for t, _ in expert_trajectories([game for game in games for _ in range(each)], prior, tokenizer, demos=len(games) * each, seed=0, mistakes=0.0, noise=1.0,
-                                                  max_steps=cap)]
+        return [t for t, _ in expert_trajectories([game for game in games for _ in range(each)], prior, tokenizer, demos=len(games) * each,
+                                                  seed=0, mistakes=0.0, noise=1.0, max_steps=cap)]
 
     def by_policy(games, each):
         return list(rollout(policy, tokenizer, [(game, k) for game in games for k in range(each)], temperature=1.0, max_steps=15))
@@ -286,7 +301,8 @@ def reference(args):
 
 
 def pilot(args):
-    """InversePRM with the rule-based expert as demonstrator, more and more of whose actions are random; beside it plain cloning (π_0) and, from the same π_0, all but the learned reward."""
+    """InversePRM with the rule-based expert as demonstrator, more and more of whose actions are random; beside it plain cloning (π_0)
+    and, from the same π_0, all but the learned reward."""
     cells = []
     for noise in NOISE:
         folder, control = (args.out / f"tiny/{name}-{noise}" for name in ("inverse", "control"))
@@ -294,7 +310,8 @@ def pilot(args):
         rows = train(folder, flags)["rows"] + train(control, f"{flags} {CONTROL} --init {shlex.quote(str(folder / 'iter0/policy'))}")["rows"][1:]
         preferred = read_json(folder / "iter1/prm.json")["expert_preferred"]["to_policy"]
         cells.append((f"{noise:.0%}", *(f"{row['dev']['success']:.1%}" for row in rows), spread([preferred])))
-    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "without its reward: π_1", "π_2", "f_1 prefers the expert's action to another that π_0 proposes, %"), cells))
+    print(markdown(("random actions", "cloned (π_0)", "InversePRM: π_1", "π_2", "without its reward: π_1", "π_2",
+                    "f_1 prefers the expert's action to another that π_0 proposes, %"), cells))
 
 
 FIRST = {"q-hat": q_hat, "reference": reference, "pilot": pilot}
@@ -304,7 +321,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to run: see the list that comes without")
     parser.add_argument("--seeds", type=whole_numbers, default=[0], metavar="S,S,…", help="seeds of the ablations")
-    parser.add_argument("--baseline", choices=BASELINES, default="few", help="π_0 of the ablations: few, 230 demonstrations told again and again; paper, 10,000 told once each, with nothing of ours to make more of them")
+    parser.add_argument("--baseline", choices=BASELINES, default="few", help="π_0 of the ablations: few, 230 demonstrations told again and again; "
+                        "paper, 10,000 told once each, with nothing of ours to make more of them")
     parser.add_argument("--rollouts", type=int, default=4000, help="episodes an iteration")
     parser.add_argument("--flags", help='more flags for every run of train.py, such as "--threads 1"')
     parser.add_argument("--out", type=Path, help="where runs are kept (default: runs/experiments, or runs/experiments-paper)", metavar="DIR")
@@ -333,7 +351,8 @@ def main():
     tracked = [name for name in args.names if "--track-hacking" in ABLATIONS.get(name, "")]
     if tracked:
         first = args.out / str(args.seeds[0])
-        draw(args.out / "hacking.png", {f"{name}, {read_json(first / name / 'config.json')['flags']['rollouts']:,} rollouts": hacking_curve(first / name) for name in tracked},
+        draw(args.out / "hacking.png",
+             {f"{name}, {read_json(first / name / 'config.json')['flags']['rollouts']:,} rollouts": hacking_curve(first / name) for name in tracked},
              ("success on dev", "mean Q of what is played there"), "update of stage 3", "run")
 
 

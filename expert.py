@@ -5,10 +5,10 @@
 It keeps beliefs (where it is, what it holds, what it last saw where) and plans anew from them at every step, so it goes on from
 whatever was played before: its own mistakes, or another policy's actions.
 
-It exists to be imitated by a small model that sees the transcript alone. So what it does is a function of the transcript, and as
-systematic as could be: for each wanted object a fixed order of receptacle types, within a type the order of the first
-observation, on from where it was last (so that a detour changes nothing), and of several wanted objects in view the first. It ignores the list of admissible commands, for a policy that does
-not see it could not tell why. What no transcript explains (`order_noise`) is off unless asked for.
+It exists to be imitated by a small model that sees the transcript alone. So what it does is a function of the transcript, and as systematic as could
+be: for each wanted object a fixed order of receptacle types, within a type the order of the first observation, on from where it was last (so that a
+detour changes nothing), and of several wanted objects in view the first. It ignores the list of admissible commands, for a policy that does not see
+it could not tell why. What no transcript explains (`order_noise`) is off unless asked for.
 """
 
 import re

@@ -10,8 +10,9 @@ from html import escape
 from math import floor, log10
 
 AGENT_PRM = (0.649, 0.739, 0.858, 0.881)  # π_0 … π_3 of arXiv 2502.10325: 3B parameters, valid_unseen, cap 30, temperature 0.3
-KINDS = {"pick_and_place_simple": "put", "look_at_obj_in_light": "look", "pick_clean_then_place_in_recep": "clean", "pick_heat_then_place_in_recep": "heat",
-         "pick_cool_then_place_in_recep": "cool", "pick_two_obj_and_place": "two"}  # task type -> what a report calls it
+KINDS = {"pick_and_place_simple": "put", "look_at_obj_in_light": "look", "pick_clean_then_place_in_recep": "clean",
+         "pick_heat_then_place_in_recep": "heat", "pick_cool_then_place_in_recep": "cool",
+         "pick_two_obj_and_place": "two"}  # task type -> what a report calls it
 STAGES = {"sft": "SFT", "rollouts": "rollouts", "forks": "forks", "checks": "checks", "prm": "PRM", "dpo": "DPO", "eval": "evaluation"}
 TENTHS, FIFTHS = [(v / 10, f"{10 * v} %") for v in range(11)], [(v / 5, f"{v / 5:.1f}") for v in range(6)]
 COLOURS = ("#8892a0", "#2f7fd1", "#d9730d", "#1a936f", "#b5459b", "#7a5cc9", "#c43d3d", "#7c6a2e")  # as c0 … c7 of report.html, in a light scheme
@@ -38,7 +39,8 @@ def span(low, high):
 
 def figures_of(run):
     """All figures that the run has numbers for."""
-    made = (success(run), demonstrations(run), *(task_types(run, split) for split in run.splits), calibration(run), *best_of_n(run), hacking(run), visits(run), time(run))
+    made = (success(run), demonstrations(run), *(task_types(run, split) for split in run.splits), calibration(run), *best_of_n(run),
+            hacking(run), visits(run), time(run))
     return [figure for figure in made if figure]
 
 
@@ -74,8 +76,8 @@ def success(run):
     theirs = list(enumerate(AGENT_PRM))[:last + 1]
     marks += curve("grey", theirs, [f"the paper's {pi(i)}, 3B parameters, on valid_unseen: {percent(p)}" for i, p in theirs], "dashes")
     return dict(name="success", title="Success by iteration", x=("iteration", -0.25, last + 0.25, [(i, pi(i)) for i in range(last + 1)]),
-                y=success_axis(y for _, _, points, _ in marks for _, y in points), marks=marks, legend=[*legend, ("grey", "the paper, 3B parameters, valid_unseen")],
-                note=f"Upright lines: {INTERVALS}.")
+                y=success_axis(y for _, _, points, _ in marks for _, y in points), marks=marks,
+                legend=[*legend, ("grey", "the paper, 3B parameters, valid_unseen")], note=f"Upright lines: {INTERVALS}.")
 
 
 def task_types(run, split):
@@ -109,11 +111,13 @@ def demonstrations(run):
     return dict(name="demonstrations", title="How many demonstrations is that worth?",
                 x=("demonstrations", left, right, [(log10(n), f"{n / 1000:g}k" if n >= 1000 else str(n)) for n in (row["demos"] for row in run.sft)]),
                 y=success_axis(p for _, p in points), marks=marks, legend=[("grey", "SFT alone"), (1, f"{pi(0)} … {pi(max(ours))} of this run")],
-                note=f"Games of {split}. Each dot of SFT alone is a policy of its own; the dashes say which of them the best policy, {pi(run.best)}, stands with.")
+                note=f"Games of {split}. Each dot of SFT alone is a policy of its own; "
+                     f"the dashes say which of them the best policy, {pi(run.best)}, stands with.")
 
 
 def best_of_n(run):
-    """What curves.py has measured for the run: a figure for actions or episodes, split and temperature. N = 1 leaves no choice: it begins the curves of all PRMs."""
+    """What curves.py has measured for the run: a figure for actions or episodes, split and temperature.
+    N = 1 leaves no choice: it begins the curves of all PRMs."""
     kinds = {}
     for row in run.curves:
         kinds.setdefault((row["over"], row["split"], row["temperature"]), []).append(row)
@@ -130,9 +134,12 @@ def best_of_n_figure(over, split, temperature, rows):
                        [f"{name}, {over}, {split}: best of {row['n']} wins {percent(row['success'])} ({span(*row['interval'])})" for row in mine])
         legend.append((c, name))
     return dict(name=f"best-of-n-{over}-{split}-{temperature:g}", title=f"Best-of-N {over}, {split}, temperature {temperature:g}",
-                x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]), y=success_axis(row["success"] for row in rows), marks=marks, legend=legend,
-                note={"actions": "Of N actions at every step the one of highest Q is taken. The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.",
-                      "episodes": "Of N whole episodes the one whose last action has the highest Q is taken."}[over] + " Intervals are with the numbers.")
+                x=("N", -0.25, len(ns) - 0.75, [(k, str(n)) for k, n in enumerate(ns)]), y=success_axis(row["success"] for row in rows),
+                marks=marks, legend=legend,
+                note={"actions": "Of N actions at every step the one of highest Q is taken. "
+                                 "The paper, N = 16: from 64.9 to 69.0 % with the first PRM on π₀.",
+                      "episodes": "Of N whole episodes the one whose last action has the highest Q is taken."}[over]
+                     + " Intervals are with the numbers.")
 
 
 def calibration(run):
@@ -143,7 +150,8 @@ def calibration(run):
     for i, card in cards:
         marks += curve(i, [(q, G) for q, G, _ in card["calibration"]],
                        [f"{pi(i, 'Q')}: mean Q {q:.3f}, mean return {G:.3f}, {n:,} actions" for q, G, n in card["calibration"]])
-    return dict(name="calibration", title="Is Q what it says?", x=("Q, in ten bins", -0.02, 1.02, FIFTHS), y=("mean discounted return", -0.02, 1.02, FIFTHS),
+    return dict(name="calibration", title="Is Q what it says?", x=("Q, in ten bins", -0.02, 1.02, FIFTHS),
+                y=("mean discounted return", -0.02, 1.02, FIFTHS),
                 marks=marks, legend=[(i, f"{pi(i, 'Q')}, mean gap {card['ece']:.3f}") for i, card in cards],
                 note="Dots: bins of Q with their mean return. On the diagonal Q is the return that came; below it Q hopes for too much.")
 
@@ -151,8 +159,8 @@ def calibration(run):
 def hacking(run):
     """The PRM's score during stage 3, and what became of success on dev: where they part, the PRM is hacked (P1).
 
-    Success of each π_i. With --track-hacking also of the policy on the way there, and the score is the mean Q of all that it plays on dev; without, of
-    its proposals at states of rollouts. A PRM of --prm-loss bt or --algo inverseprm has no Q to draw.
+    Success of each π_i. With --track-hacking also of the policy on the way there, and the score is the mean Q of all that it plays on dev;
+    without, of its proposals at states of rollouts. A PRM of --prm-loss bt or --algo inverseprm has no Q to draw.
     """
     evaluated = {row["i"]: row["success"] for row in run.rows if row["split"] == "dev"}
     judges = {i for i, record in run.stages("prm") if "calibration" in record["held_out"]}
@@ -166,7 +174,8 @@ def hacking(run):
             (first, low), (last, high) = points[0], points[-1]
             marks.append(("line", i, points, f"{pi(i, 'Q')} of {of}: {low:.3f} at update {first:,}, {high:.3f} at update {last:,}"))
             legend.append((i, f"{pi(i, 'Q')} of {of}"))
-        won += [(done + line["step"], line["true/success"], f"at update {done + line['step']:,} {percent(line['true/success'])} of dev are won") for line in tracked]
+        won += [(done + line["step"], line["true/success"],
+                 f"at update {done + line['step']:,} {percent(line['true/success'])} of dev are won") for line in tracked]
         done += log[-1]["step"]
         if i in evaluated:
             won.append((done, evaluated[i], f"{pi(i)} wins {percent(evaluated[i])} of dev"))
@@ -175,9 +184,9 @@ def hacking(run):
     marks += curve("grey", [(x, p) for x, p, _ in won], [text for *_, text in won], "dashes")
     return dict(name="score-and-success", title="PRM score and success", x=("updates of stage 3", -0.02 * done, 1.02 * done, round_ticks(done)),
                 y=("Q, and games won", 0, 1, FIFTHS), marks=marks, legend=[*legend, ("grey", "success on dev")],
-                note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not heights. Q of proposals is the mean of different "
-                     "proposals where there is more than one, and such states become fewer: alone it proves little (train.py --track-hacking). "
-                     "On the way there the weights are not yet averaged, and dev is played once.")
+                note="A score that rises while success falls is a PRM being hacked. Q is discounted and success is not: compare directions, not "
+                     "heights. Q of proposals is the mean of different proposals where there is more than one, and such states become fewer: alone "
+                     "it proves little (train.py --track-hacking). On the way there the weights are not yet averaged, and dev is played once.")
 
 
 def visits(run):
@@ -192,8 +201,10 @@ def visits(run):
                 marks.append(("bar", i, [(left, -0.3), (left + wide, log10(n - more))], text))
         legend.append((i, f"rollouts of {pi(i - 1)}"))
     high = floor(max(points[1][1] for _, _, points, _ in marks)) + 1
-    return dict(name="visits", title="How often (s, a) was visited", x=("visits", 0, last + 1, [(c + 0.5, name) for c, name in enumerate(names[:last + 1])]),
-                y=("pairs (s, a)", -0.3, high, [(e, "1" + "0" * (e % 3) + " kM"[e // 3].strip()) for e in range(high + 1)]), marks=marks, legend=legend,
+    return dict(name="visits", title="How often (s, a) was visited",
+                x=("visits", 0, last + 1, [(c + 0.5, name) for c, name in enumerate(names[:last + 1])]),
+                y=("pairs (s, a)", -0.3, high, [(e, "1" + "0" * (e % 3) + " kM"[e // 3].strip()) for e in range(high + 1)]),
+                marks=marks, legend=legend,
                 note="A logarithmic scale. A label is the mean return of all rollouts through (s, a): of a pair seen once it is a single throw.")
 
 
@@ -229,7 +240,8 @@ def svg(figure):
     left, right, top, bottom = 62, 404, 28 if y_label else 6, 252
     X = lambda x: round(left + (right - left) * (x - x_low) / (x_high - x_low), 1)
     Y = lambda y: round(bottom - (bottom - top) * (y - y_low) / (y_high - y_low), 1)
-    grid = [f"M{left} {Y(v)}H{right}" for v, _ in y_ticks] if y_label else [f"M{X(v)} {top}V{bottom}" for v, _ in x_ticks]  # rows without a unit need none
+    # rows without a unit need none
+    grid = [f"M{left} {Y(v)}H{right}" for v, _ in y_ticks] if y_label else [f"M{X(v)} {top}V{bottom}" for v, _ in x_ticks]
     out = [f'<svg viewBox="0 0 430 296" role="img" aria-label="{escape(figure["title"])}: numbers below"><path class="grid" d="{"".join(grid)}"/>',
            *(f'<text x="{left - 8}" y="{Y(v) + 5}" text-anchor="end">{escape(t)}</text>' for v, t in y_ticks),
            *(f'<text x="{X(v)}" y="{bottom + 20}" text-anchor="middle">{escape(t)}</text>' for v, t in x_ticks),
@@ -238,7 +250,8 @@ def svg(figure):
         tip = f"<title>{escape(text)}</title>" if text else ""
         if kind == "bar":
             (a, b), (c, d) = points
-            out.append(f'<rect class="c{shade(colour)}" x="{X(a)}" y="{Y(d)}" width="{max(1, X(c) - X(a) - 1):.1f}" height="{Y(b) - Y(d):.1f}">{tip}</rect>')
+            out.append(f'<rect class="c{shade(colour)}" x="{X(a)}" y="{Y(d)}" width="{max(1, X(c) - X(a) - 1):.1f}" '
+                       f'height="{Y(b) - Y(d):.1f}">{tip}</rect>')
         elif kind == "dots":
             out += [f'<circle class="c{shade(colour)}" cx="{X(x)}" cy="{Y(y)}" r="4">{tip}</circle>' for x, y in points]
         else:

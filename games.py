@@ -74,7 +74,8 @@ def task_folder(game_id):
 def split_dev(games, n=200, seed=0):
     """Hold out about n of the train games by task folder, spread over task types as the games are -> (train, dev).
 
-    A folder is held out as a whole. The choice depends on the games and `seed` alone (leave it: dev is the same for all runs). Never more than a fifth of the games.
+    A folder is held out as a whole. The choice depends on the games and `seed` alone (leave it: dev is the same for all runs).
+    Never more than a fifth of the games.
     """
     n = min(n, len(games) // 5)
     tasks = {}
@@ -99,8 +100,8 @@ GAMES = ("auto", "alfworld", "generated", "tiny")
 def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     """The games a run asked for -> ([Game], what they are, in words); the words also go to stderr.
 
-    games: "alfworld" (on disk, or DataError), "generated", "tiny" (generated, small and short), or "auto" (on disk if found). split: a folder of the data or
-    "dev", the held-out part of train (`split_dev`; "train" is all of it). n_generated, seed: for generated games only.
+    games: "alfworld" (on disk, or DataError), "generated", "tiny" (generated, small and short), or "auto" (on disk if found). split: a folder of the
+    data or "dev", the held-out part of train (`split_dev`; "train" is all of it). n_generated, seed: for generated games only.
     """
     if games not in GAMES:
         raise DataError(f"--games {games}: it is one of {', '.join(GAMES)}")

@@ -215,7 +215,8 @@ def generated_split(split, n, seed=0, tiny=False):
 
 def pick_task(rng, rooms, tiny):
     """-> (task type, object type, receptacle type, room). rooms: {kind of room: [room]}."""
-    counts = {(task_type, kind): n for task_type, kinds in TASKS.items() for kind, n in kinds.items() if not tiny or task_type == "pick_and_place_simple"}
+    counts = {(task_type, kind): n for task_type, kinds in TASKS.items() for kind, n in kinds.items()
+              if not tiny or task_type == "pick_and_place_simple"}
     scenes = []
     while not scenes:  # the living room of valid_unseen has no desk lamp, for one
         (task_type, kind), = rng.choices(list(counts), counts.values())

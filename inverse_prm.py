@@ -4,8 +4,8 @@ A score f(s, a) stands for the Q of the reward that explains the expert: r(s, a)
 next action. A classifier with r as its logit learns to tell the expert's transitions from those of all learner policies so far.
 No outcome is read, neither reward nor `won`; only that an episode ended by itself, which `Ends` may hide too.
 
-Where expert and learner differ little, r is positive for both, and then it is f's advice to live long. With `rest` an episode that ended goes on in an
-absorbing state (Kostrikov et al. 2019): until the cap, the expert rests longer than the learner, which makes resting a thing worth getting to.
+Where expert and learner differ little, r is positive for both, and then it is f's advice to live long. With `rest` an episode that ended goes on in
+an absorbing state (Kostrikov et al. 2019): until the cap, the expert rests longer than the learner, which makes resting a thing worth getting to.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,8 @@ from tree import Tree, propose
 
 
 class Ends(NamedTuple):
-    """What becomes of an episode that ended by itself: in the paper nothing, f' = 0; with `rest`, the logit of each step of it, it rests for ever. With `hide` nobody is shown that it ended."""
+    """What becomes of an episode that ended by itself: in the paper nothing, f' = 0; with `rest`, the logit of each step of it, it rests for ever.
+    With `hide` nobody is shown that it ended."""
     gamma: float
     hide: bool = False
     rest: float | None = None
@@ -47,19 +48,22 @@ class Ends(NamedTuple):
 
 
 def inverse_loss(z, expert):
-    """Binary cross-entropy of expert against learner (P1, InversePRM): logits z (N,) of transitions, gradient through both of its terms; expert (N,) bool: whose they are. -> losses (N,)"""
+    """Binary cross-entropy of expert against learner (P1, InversePRM): logits z (N,) of transitions, gradient through both of its terms;
+    expert (N,) bool: whose they are. -> losses (N,)"""
     return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none")
 
 
 def rest_odds(demonstrations, rollouts, max_steps):
-    """The logit of one step of rest being the expert's, where transitions of either side weigh the same: the log of the ratio of both sides' steps of rest, up to the cap, to one transition.
+    """The logit of one step of rest being the expert's, where transitions of either side weigh the same:
+    the log of the ratio of both sides' steps of rest, up to the cap, to one transition.
 
     All steps of rest look the same, so what a classifier would learn of them is known, and need not be learned. Rollouts that were begun in the
     midst of a demonstration do not count: they end early for where they began. demonstrations [(Trajectory, taught)], rollouts [Trajectory]; a
     side that never ends by itself is taken to have rested once.
     """
     resting = Ends(0.0, rest=0.0)
-    steps = lambda side: max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated)) / max(1, sum(len(resting.transitions(t, taught)[0]) for t, taught in side))
+    steps = lambda side: (max(1, sum(max_steps - len(t) for t, _ in side if not t.truncated))
+                          / max(1, sum(len(resting.transitions(t, taught)[0]) for t, taught in side)))
     return float(np.log(steps(demonstrations) / steps([(t, None) for t in rollouts if t.episode < FROM_DEMONSTRATION])))
 
 
@@ -70,7 +74,8 @@ def learned_rewards(trajectory, f, ends, taught=None):
 
 
 def told_apart(f_expert, f_learner, ends):
-    """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them): its mean on either side, and how often its sign is right (a coin: 0.5).
+    """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them):
+    its mean on either side, and how often its sign is right (a coin: 0.5).
 
     f_expert [(Trajectory, taught (T,), f (T,))], f_learner [(Trajectory, None, f)]. What follows is what was done, the expert's own next
     action too. -> {"expert", "learner": mean r, "accuracy"}; None where a side has no transition
@@ -88,9 +93,9 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, upda
                       name="InversePRM"):
     """Fit f of `prm` to `demonstrations` [(Trajectory, taught)] against `rollouts` [Trajectory] of all learner policies. -> log
 
-    Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half
-    together, over all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the
-    learner did: `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
+    Each update takes as many trajectories of the one as of the other, `batch` in all, and the transitions of either side weigh a half together, over
+    all updates. What follows an expert's action is sampled from `policy`, the current one, anew each time; in a rollout it is what the learner did:
+    `temperature` must be that of the rollouts. `obs_weight`: of the world's answers, as in `train_prm`. `check`(step) -> loss, metrics: one more
     loss, of `checks.check_loss`: the classifier's own says little about the actions of one state, and without it f ranks them no better than a coin
     (LOG.md). UserError where a side has no transitions.
     """
@@ -113,7 +118,8 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, upda
         metrics = {f"checks/{what}": number for what, number in metrics.items()}
         if not told:
             return checked, metrics
-        now, then, ended, expert, asked, states = [], [], [], [], [], []  # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
+        # (row, place) of a; of a', if the learner's; and the states at which the policy is asked for a'
+        now, then, ended, expert, asked, states = [], [], [], [], [], []
         for b, ((t, _, is_expert), (actions, last)) in enumerate(zip(picked, moves)):
             for k, end in zip(actions, last):
                 now.append((b, t.spans[k, 1] - 1)), ended.append(end), expert.append(is_expert)
@@ -121,7 +127,8 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, upda
                 asked.append(is_expert and k + 1 < len(t))
                 if asked[-1]:
                     states.append((b, int(t.spans[k + 1, 0])))
-        drawn = propose(policy, told, states, 1, temperature, (seed, key("next action"), step, *np.array([(numbers[b], start) for b, start in states]).T)) if states else []
+        drawn = propose(policy, told, states, 1, temperature,
+                        (seed, key("next action"), step, *np.array([(numbers[b], start) for b, start in states]).T)) if states else []
         tree = Tree(told, [(*place, *action[0]) for place, action in zip(states, drawn)], device, whole=range(len(told)))
         h = tree.hidden(prm)  # (B, S, D): row b is trajectory b, and the actions drawn behind it
         at = lambda places: prm.scores(h[tuple(torch.tensor(np.array(places)).T)])

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-COMPILE = os.environ.get("COMPILE") == "1"  # fuse what is small in a layer: fewer kernels for a GPU to start; on a CPU 1.1 × in training, after a minute and a half (LOG.md)
+# fuse what is small in a layer: fewer kernels for a GPU to start; on a CPU 1.1 × in training, after a minute and a half (LOG.md)
+COMPILE = os.environ.get("COMPILE") == "1"
 AUTOCAST = {"cuda": torch.bfloat16}  # what layers compute in, and the cache holds, by type of device; the stream, weights and losses are float32
 
 
@@ -213,8 +214,8 @@ class Transformer(nn.Module):
         (folder / "config.json").write_text(json.dumps({
             "architectures": [architecture], "head": c.head, "model_type": "qwen3", "torch_dtype": "float32", "vocab_size": c.vocab_size,
             "hidden_size": c.dim, "intermediate_size": c.hidden, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-            "num_key_value_heads": c.n_kv_heads, "head_dim": c.dim // c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "num_labels": 1,
-            "max_position_embeddings": c.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
+            "num_key_value_heads": c.n_kv_heads, "head_dim": c.dim // c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+            "num_labels": 1, "max_position_embeddings": c.max_len, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
             "bos_token_id": None, "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"),
                   metadata={"format": "pt"})
@@ -252,7 +253,8 @@ class _Queries:
             self.B = len(used)
             self.read = lambda cached: cached[:, :, :self.T].index_select(0, used)
         seen = torch.arange(self.T, device=rows.device) <= slots.new_zeros(self.B, self.S).index_put((self.row, self.within), slots)[..., None]
-        bias = torch.zeros(seen.shape, device=rows.device).masked_fill_(~seen, -torch.inf)  # as a mask of truth values it would be turned into this by every layer
+        # as a mask of truth values it would be turned into this by every layer
+        bias = torch.zeros(seen.shape, device=rows.device).masked_fill_(~seen, -torch.inf)
         self.bias = bias[:, None].repeat(1, 1, c.n_heads // self.kv, 1)  # (B, 1, G·S, T)
 
     def attend(self, q, k, v):

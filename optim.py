@@ -68,11 +68,11 @@ def optimisers(model, lr, weight_decay):
 def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, weight_decay=0.01, averaged=0.0, save_every=10.0, logs=20, watch=None):
     """Train for `steps` updates of loss_of(step) -> (scalar loss, or None to skip; {metric: (sum, count)}). -> log
 
-    Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. The weights it ends with are the last ones, or their mean after each of
-    the last updates, the fraction `averaged` of them (Polyak and Juditsky 1992): a policy wins two to five points more by it (LOG.md). `loss_of` must depend on
-    nothing but the step and the weights: then a run killed and continued from the file `state` (written every `save_every`
-    seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With
-    several ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
+    Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. The weights it ends with are the last ones, or
+    their mean after each of the last updates, the fraction `averaged` of them (Polyak and Juditsky 1992): a policy wins two to five points more by it
+    (LOG.md). `loss_of` must depend on nothing but the step and the weights: then a run killed and continued from the file `state` (written every
+    `save_every` seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With several
+    ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
     """
     optimizers = optimisers(model, lr, weight_decay)
     mean, first = [p.detach().clone() for p in model.parameters()], int((1 - averaged) * steps)  # the mean is of the weights after that many updates

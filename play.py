@@ -36,8 +36,10 @@ def told(game, trajectory, policy, tokenizer, temperature, seed, prm=None, q=Non
     steps = []
     for t, (start, end) in enumerate(trajectory.spans.tolist()):
         action, proposals = text(ids[start:end]), [text(proposal) for proposal, _ in drawn[t]]
-        others = [{"action": other, "q": q_of[start, other], "times": proposals.count(other)} for other in dict.fromkeys(proposals) if other != action]
-        steps.append({"action": action, "q": round(float(q[t]), 4) if prm else None, "progress": round(float(q[t] - q[t - 1]), 4) if prm and t else None,
+        others = [{"action": other, "q": q_of[start, other], "times": proposals.count(other)}
+                  for other in dict.fromkeys(proposals) if other != action]
+        steps.append({"action": action, "q": round(float(q[t]), 4) if prm else None,
+                      "progress": round(float(q[t] - q[t - 1]), 4) if prm and t else None,
                       "times": proposals.count(action), "answer": env.step(action)[0], "inadmissible": bool(trajectory.inadmissible[t]),
                       "others": sorted(others, key=lambda other: -(other["q"] if prm else other["times"]))})
     return {"game": game.id, "type": KINDS[game.task_type], "won": bool(trajectory.won), "task": task, "observation": observation, "steps": steps}
@@ -48,8 +50,8 @@ def narrated(episode):
     def line(mark, step):
         return f"  {mark} {step['action'] or '(nothing)':44} {step['times']} of {PROPOSALS}" + ("" if step["q"] is None else f"   Q {step['q']:.3f}")
 
-    yield from (episode["game"], f"k of {PROPOSALS}: how often the policy proposed an action, at temperature {PROPOSED_AT:g}; Q: what the PRM expects of it, and its change; ✗: not accepted",
-                episode["observation"], f"Your task is to: {episode['task']}")
+    yield from (episode["game"], f"k of {PROPOSALS}: how often the policy proposed an action, at temperature {PROPOSED_AT:g}; "
+                "Q: what the PRM expects of it, and its change; ✗: not accepted", episode["observation"], f"Your task is to: {episode['task']}")
     for n, step in enumerate(episode["steps"], 1):
         yield ""
         yield line(f"{n:2} >", step) + ("" if step["progress"] is None else f"  {step['progress']:+.3f}") + "  ✗" * step["inadmissible"]
@@ -59,7 +61,8 @@ def narrated(episode):
 
 
 def play_by_hand(games, *, max_steps, seed, make_env=AlfworldEnv):
-    """A person plays the games in shuffled order, until `quit`, Ctrl-C or the end of input. -> [{"game", "won", "actions"}] of those played to the end"""
+    """A person plays the games in shuffled order, until `quit`, Ctrl-C or the end of input.
+    -> [{"game", "won", "actions"}] of those played to the end"""
     env, episodes = make_env(max_steps), []
     print("? lists what the world would accept, quit ends")
     for g in generator(seed, "by hand").permutation(len(games)):

@@ -91,7 +91,8 @@ def answers_loss(prm, h, ids, spans, total=None):
 def batches(n, batch, rng):
     """An endless stream of index arrays: shuffled epochs of 0 … n − 1.
 
-    At random, not by length: a long episode is a lost one, and a PRM that sees won and lost ones in turn learns less, and hopes for too much (LOG.md).
+    At random, not by length: a long episode is a lost one, and a PRM that sees won and lost ones in turn learns less,
+    and hopes for too much (LOG.md).
     """
     while True:
         order = rng.permutation(n)
@@ -170,7 +171,8 @@ def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, st
             return None, {}
         trunks = [ids for ids, _ in texts]
         if objective.branches:
-            branches = [(row, start, ids.tolist(), False) for row, (i, (_, others)) in enumerate(zip(picked, texts)) for (start, _), ids in zip(objective.branches[i], others)]
+            branches = [(row, start, ids.tolist(), False) for row, (i, (_, others)) in enumerate(zip(picked, texts))
+                        for (start, _), ids in zip(objective.branches[i], others)]
             tree = Tree(trunks, branches, device, whole=range(len(trunks)))
             ids, h = tree.ids, tree.hidden(prm)
         else:
@@ -179,7 +181,8 @@ def train_prm(prm, trajectories, objective, tell, *, epochs, lr, batch, seed, st
         loss, metrics = 0, {}
         for kind, goal in goals.items():
             places = [goal.places[i] for i in picked]
-            # over what n trajectories weigh on average: by the batch's own weight, an action would weigh more in a batch of short episodes, which are won ones
+            # over what n trajectories weigh on average: by the batch's own weight, an action would weigh more in a batch of short episodes,
+            # which are won ones
             part, measured = goal.loss(scores_at(prm, h, places).split([len(p) for p in places]), picked, n * weights[kind])
             metrics |= {kind + what: number for what, number in {"loss": summed(part.detach()), **measured}.items()}
             loss = loss + part
@@ -199,7 +202,8 @@ def sigmoid(f):
 
 @torch.no_grad()
 def score(prm, trajectories, batch=64, places=actions_of):
-    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t). Ranks share the batches."""
+    """f(s_t, a_t) of every action: list of (T,) float32 arrays, in the order of the trajectories; with `states_of`, f(s_t).
+    Ranks share the batches."""
     order = np.argsort([len(t.ids) for t in trajectories], kind="stable")
     chunks = mine([order[start:start + batch] for start in range(0, len(order), batch)])
     f_of = {}

@@ -171,7 +171,8 @@ def visit_statistics(table):
     for low, high in zip(edges, (*edges[1:], np.inf)):
         here = (table["count"] >= low) & (table["count"] < high)
         if here.any():
-            by_visits[f"{low}+"] = {"pairs": int((1 / table["count"][here]).sum().round()), "q_hat": float(np.average(table["q_hat"][here], weights=1 / table["count"][here])),
+            by_visits[f"{low}+"] = {"pairs": int((1 / table["count"][here]).sum().round()),
+                                    "q_hat": float(np.average(table["q_hat"][here], weights=1 / table["count"][here])),
                                     "variance": float(error[here].mean()) if low > 1 else None}
     return {"actions": len(table["pair"]), "distinct_pairs": len(pair), "distinct_states": len(np.unique(table["state"])),
             "visits": {f"{a}+": int((count >= a).sum()) for a in edges}, "by_visits": by_visits,

@@ -15,7 +15,8 @@ from torch import distributed as dist
 
 
 def join(folder, device):
-    """Meet the other ranks, if torchrun started this process, each on a GPU of its own unless `device` is "cpu". All but the first talk to a file in `folder`."""
+    """Meet the other ranks, if torchrun started this process, each on a GPU of its own unless `device` is "cpu".
+    All but the first talk to a file in `folder`."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -47,7 +48,8 @@ def mine(items):
 
 
 def summed(value):
-    """A metric of `optim.optimise` that is a sum over all ranks, of which this rank has its part: (sum, count). The first rank has one of every batch, and counts."""
+    """A metric of `optim.optimise` that is a sum over all ranks, of which this rank has its part: (sum, count).
+    The first rank has one of every batch, and counts."""
     return value, int(rank() == 0)
 
 

@@ -32,9 +32,11 @@ UNSEEN = "valid_unseen, cap 30; "  # of arXiv 2502.10325, as AGENT_PRM
 PUBLISHED = [*((f"AgentPRM {pi(i)}", p, UNSEEN + "3B parameters" + ", 70,000 rollouts an iteration" * (i > 0)) for i, p in enumerate(AGENT_PRM)),
              (f"AgentPRM, Best-of-16 on {pi(0)}", 0.69, UNSEEN + "3B, by the first PRM"), (f"AgentPRM, Best-of-16 on {pi(1)}", 0.88, UNSEEN + "3B"),
              ("AgentPRM, Best-of-16, the best", 0.91, UNSEEN + "3B"), ("SFT", 0.634, UNSEEN + "3B, 10,000 demonstrations"),
-             ("InversePRM, one iteration", 0.828, UNSEEN + "3B, 10,000 demonstrations, no reward"), ("InversePRM, two iterations", 0.866, UNSEEN + "3B, 10,000 demonstrations, no reward"),
+             ("InversePRM, one iteration", 0.828, UNSEEN + "3B, 10,000 demonstrations, no reward"),
+             ("InversePRM, two iterations", 0.866, UNSEEN + "3B, 10,000 demonstrations, no reward"),
              ("GPT-4o", 0.649, UNSEEN + "prompted; 65.7 elsewhere"), ("LEAP, the paper's expert", 0.886, UNSEEN + "about 91 elsewhere"),
-             *((f"GiGPO, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv 2505.10978)") for size, p in (("1.5B", 0.867), ("7B", 0.908)))]
+             *((f"GiGPO, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv 2505.10978)")
+               for size, p in (("1.5B", 0.867), ("7B", 0.908)))]
 
 
 def main():
@@ -69,8 +71,9 @@ def main():
 
 
 def read_run(folder, sft_curve=None):
-    """A run directory -> .path .config .commits .data .parameters .cost (state.json) .curves (rows of curves.py) .sft (rows of sft.py --curve) .iterations .splits (dev first)
-    .best (on dev), .stages(name) -> [(i, record)], and .rows: of each split and iteration the record of its evaluation, with 95 % `interval`s and the `gain` over π_0.
+    """A run directory -> .path .config .commits .data .parameters .cost (state.json) .curves (rows of curves.py) .sft (rows of sft.py --curve)
+    .iterations .splits (dev first) .best (on dev), .stages(name) -> [(i, record)], and .rows: of each split and iteration the record of its
+    evaluation, with 95 % `interval`s and the `gain` over π_0.
 
     UserError where π_0 and π_1 are not evaluated, or the curve is not of a split that the run has.
     """
@@ -86,20 +89,24 @@ def read_run(folder, sft_curve=None):
         row = evals[split, i]
         for kind, part in row["by_task"].items():
             part["interval"] = success_interval([e for e in row["episodes"] if e["game"].startswith(kind)])
-        rows.append({**row, "i": i, "interval": success_interval(row["episodes"]), "gain": paired_bootstrap(evals[split, 0]["episodes"], row["episodes"])})
+        rows.append({**row, "i": i, "interval": success_interval(row["episodes"]),
+                     "gain": paired_bootstrap(evals[split, 0]["episodes"], row["episodes"])})
     best = max((row for row in rows if row["split"] == "dev"), key=lambda row: (row["success"], -row["i"]))["i"]
     curves = [read_json(file) for file in sorted(folder.glob("curves-*.json"))]
     commits = list(dict.fromkeys(record.get("commit") or "none" for record in records.values()))
     config, splits = read_json(folder / "config.json"), list(dict.fromkeys(row["split"] for row in rows))
-    return SimpleNamespace(path=folder, config=config, commits=commits, data=read_json(folder / "data.json"), rows=rows,
-                           cost=read_json(folder / "state.json"), iterations=sorted({row["i"] for row in rows}),
-                           splits=splits, best=best, sft=sft_alone(sft_curve, splits, config["flags"]["init"]) if sft_curve else [], parameters=records[0, "sft"]["parameters"],
-                           curves=[{**row, "split": one["split"], "temperature": one["temperature"], "interval": success_interval(row["episodes"])} for one in curves for row in one["rows"]],
-                           stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
+    return SimpleNamespace(
+        path=folder, config=config, commits=commits, data=read_json(folder / "data.json"), rows=rows, cost=read_json(folder / "state.json"),
+        iterations=sorted({row["i"] for row in rows}), splits=splits, best=best,
+        sft=sft_alone(sft_curve, splits, config["flags"]["init"]) if sft_curve else [], parameters=records[0, "sft"]["parameters"],
+        curves=[{**row, "split": one["split"], "temperature": one["temperature"], "interval": success_interval(row["episodes"])}
+                for one in curves for row in one["rows"]],
+        stages=lambda name: sorted(((i, record) for (i, stage), record in records.items() if stage == name), key=lambda pair: pair[0]))
 
 
 def sft_alone(folder, splits, init):
-    """Success of SFT alone by number of demonstrations, as sft.py --curve has left it in `folder`. -> rows; UserError where it cannot stand beside the run"""
+    """Success of SFT alone by number of demonstrations, as sft.py --curve has left it in `folder`.
+    -> rows; UserError where it cannot stand beside the run"""
     file = Path(folder, "curve.json")
     if not file.exists():
         raise UserError(f"--sft-curve {folder}: no curve of sft.py --curve there (curve.json is missing)")
@@ -123,7 +130,8 @@ def success_interval(episodes):
 def play(run, args):
     """--episodes games of --split, each played once by the best policy and judged by its PRM. -> list of `told`"""
     device, here = pick_device(args.device), run.config["flags"]
-    flags = SimpleNamespace(**{**vars(parse_flags([])), **here, "data": args.data or here["data"], "test_splits": [args.split] * (args.split != "dev")})
+    flags = SimpleNamespace(**{**vars(parse_flags([])), **here, "data": args.data or here["data"],
+                               "test_splits": [args.split] * (args.split != "dev")})
     policy, tokenizer = read_model(run.path / f"iter{run.best}/policy", device)
     prm, _ = read_model(run.path / f"iter{max(1, run.best)}/prm", device, "score")  # π_0 is judged by the PRM of its own rollouts
 
@@ -153,7 +161,8 @@ def play(run, args):
 def page(run, figures, episodes, split):
     """report.html with its <!--places--> filled."""
     flags, best = run.config["flags"], [row for row in run.rows if row["i"] == run.best]
-    tiles = [(pi(run.best), "best policy, chosen on dev"), *((percent(row["success"]), f"on {row['split']}" + f", {points(row['gain'])} points over {pi(0)}" * (run.best > 0)) for row in best),
+    tiles = [(pi(run.best), "best policy, chosen on dev"),
+             *((percent(row["success"]), f"on {row['split']}" + f", {points(row['gain'])} points over {pi(0)}" * (run.best > 0)) for row in best),
              (f"{run.parameters / 1e6:.2f} M", "parameters"), (f"{sum(run.cost['seconds'].values()) / 60:.0f} min", "of training and evaluation")]
     made = {figure["name"]: figure_html(figure) for figure in figures}
     about = {"command": run.config["command"], "commit": ", then ".join(run.commits), "machine": run.config["machine"],
@@ -161,12 +170,16 @@ def page(run, figures, episodes, split):
              "games": "; ".join(source.partition(" from ")[0] for source in run.data.values()), "rollouts an iteration": f"{flags['rollouts']:,}"}
     places = {"title": escape(run.path.resolve().name), "tiles": "".join(f"<li><b>{value}</b> {what}</li>" for value, what in tiles),
               "setting": f"{games_of(run)}, cap {flags['max_steps']} steps, temperature {flags['eval_temperature']}, actions written freely",
-              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run), "published": published_table(run), "prm_table": prm_table(run), "other_games": THE_EXPERT if on_alfworld(run) else f"And ours is on {games_of(run).lower()}: nothing here is to be compared.", "cost_table": cost_table(run),
+              "success": made.pop("success") + made.pop("demonstrations", ""), "success_table": success_table(run),
+              "published": published_table(run), "prm_table": prm_table(run),
+              "other_games": THE_EXPERT if on_alfworld(run) else f"And ours is on {games_of(run).lower()}: nothing here is to be compared.",
+              "cost_table": cost_table(run),
               "tasks": "".join(html for name, html in made.items() if name.startswith("tasks-")),
               "figures": "".join(html for name, html in made.items() if not name.startswith("tasks-")),
               "about": "".join(f"<dt>{what}</dt><dd>{escape(str(value))}</dd>" for what, value in about.items()),
-              "viewer": f"{len(episodes)} games of {split}, each played once by {pi(run.best)} at temperature {flags['eval_temperature']} and judged by "
-                        f"{pi(max(1, run.best), 'Q')}. At every state the policy made {PROPOSALS} proposals more, at temperature {flags['dpo_temperature']:g}.",
+              "viewer": f"{len(episodes)} games of {split}, each played once by {pi(run.best)} at temperature {flags['eval_temperature']} and "
+                        f"judged by {pi(max(1, run.best), 'Q')}. At every state the policy made {PROPOSALS} proposals more, "
+                        f"at temperature {flags['dpo_temperature']:g}.",
               "episodes": json.dumps(episodes, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")}
     return re.sub(r"<!--(\w+)-->", lambda place: places[place[1]], Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
@@ -185,10 +198,12 @@ def figure_html(figure):
 
 def table(head, rows, marked=()):
     """Rows of cells (HTML) -> a table; the first cell names its row, the `marked` row numbers stand out."""
-    line = lambda n, row: f'<tr{" class=ours" * (n in marked)}><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
+    line = lambda n, row: (f'<tr{" class=ours" * (n in marked)}><th scope="row">{row[0]}</th>'
+                           + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>")
     names = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(line(n, row) for n, row in enumerate(rows))
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table><thead><tr>{names}</tr></thead>'
+            f'<tbody>{body}</tbody></table></div>')
 
 
 def success_table(run):
@@ -213,28 +228,34 @@ def games_of(run):
 def published_table(run):
     """Ours (on test splits, if there are any) among the published numbers, best first."""
     flags = run.config["flags"]
-    how = f"{'' if on_alfworld(run) else games_of(run).lower() + ', '}cap {flags['max_steps']}; {run.parameters / 1e6:.1f} M parameters, {flags['rollouts']:,} rollouts an iteration"
-    ours = [(f"ours, {pi(row['i'])}", row["success"], f"{row['split']}, {how}" + ", chosen on dev" * (row["i"] == run.best), row["i"] == run.best) for row in run.rows if row["split"] != "dev" or len(run.splits) == 1]
+    how = f"{'' if on_alfworld(run) else games_of(run).lower() + ', '}cap {flags['max_steps']}; {run.parameters / 1e6:.1f} M parameters, " \
+          f"{flags['rollouts']:,} rollouts an iteration"
+    ours = [(f"ours, {pi(row['i'])}", row["success"], f"{row['split']}, {how}" + ", chosen on dev" * (row["i"] == run.best), row["i"] == run.best)
+            for row in run.rows if row["split"] != "dev" or len(run.splits) == 1]
     rows = sorted(ours + [(who, p, what, False) for who, p, what in PUBLISHED], key=lambda row: -row[1])
     meter = lambda p: f'<span class="meter"><i style="width:{100 * p:.1f}%"></i></span>{percent(p)}'
-    return table(("who", "games won", "on what, by what"), [(who, meter(p), what) for who, p, what, _ in rows], [n for n, row in enumerate(rows) if row[3]])
+    return table(("who", "games won", "on what, by what"), [(who, meter(p), what) for who, p, what, _ in rows],
+                 [n for n, row in enumerate(rows) if row[3]])
 
 
 def prm_table(run):
-    head = ("PRM", "rollouts won", "Q̂ against other rollouts, correlation", "BCE above the labels' entropy, lower is better", "calibration gap, lower is better", "correlation with returns",
-            "mean Q", "mean return")
+    head = ("PRM", "rollouts won", "Q̂ against other rollouts, correlation", "BCE above the labels' entropy, lower is better",
+            "calibration gap, lower is better", "correlation with returns", "mean Q", "mean return")
     rolled, number = dict(run.stages("rollouts")), lambda x: "–" if x is None else f"{x:.3f}"
     rows = [(pi(i, "Q"), percent(rolled[i]["success"]), number(rolled[i]["q_hat_check"]["pearson"]),
-             *(number(record["held_out"].get(name)) for name in ("excess_bce", "ece", "pearson_returns", "mean_q", "mean_return"))) for i, record in run.stages("prm")]
+             *(number(record["held_out"].get(name)) for name in ("excess_bce", "ece", "pearson_returns", "mean_q", "mean_return")))
+            for i, record in run.stages("prm")]
     return table(head, rows)
 
 
 def cost_table(run):
     """Time on the clock, time of all cores, and the most memory that the run's processes held together, by stage, all iterations together."""
     names = {stage: [name for name in run.cost["seconds"] if stage_of(name)[1] == stage] for stage in STAGES}
-    told = lambda kind, names, unit, join: join(there) / unit if (there := [run.cost[kind][name] for name in names if name in run.cost.get(kind, {})]) else None
+    told = lambda kind, names, unit, join: (
+        join(there) / unit if (there := [run.cost[kind][name] for name in names if name in run.cost.get(kind, {})]) else None)
     number = lambda x, digits: "–" if x is None else f"{x:,.{digits}f}"
-    rows = [(what, number(told("seconds", some, 60, sum), 1), number(told("core_seconds", some, 3600, sum), 2), number(told("peak_mb", some, 1000, max), 2))
+    rows = [(what, number(told("seconds", some, 60, sum), 1), number(told("core_seconds", some, 3600, sum), 2),
+             number(told("peak_mb", some, 1000, max), 2))
             for what, some in (*((STAGES[stage], some) for stage, some in names.items() if some), ("all", sum(names.values(), [])))]
     return table(("stage", "minutes", "core-hours", "peak memory, GB"), rows, [len(rows) - 1])
 

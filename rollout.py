@@ -134,7 +134,8 @@ def prompt_of(game, episode, begun=None, played=0):
 
 
 def begin(kind, env, tokenizer, context, game, episode, begun=None, played=0):
-    """The first turn of an episode, or the next after the transcript `begun` of which `played` actions count, as a `kind`: Row, or a class made from it.
+    """The first turn of an episode, or the next after the transcript `begun` of which `played` actions count,
+    as a `kind`: Row, or a class made from it.
 
     UserError if it does not fit the context.
     """

@@ -33,7 +33,8 @@ UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when 
 def same_flags(path, flags, but=()):
     """UserError where the run in that folder was started with other flags, `but` for those named."""
     old = read_json(path / "config.json")["flags"]
-    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - {*UNCOMPARED, *but}) if old.get(k) != flags.get(k)]
+    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - {*UNCOMPARED, *but})
+              if old.get(k) != flags.get(k)]
     if differ:
         raise UserError(f"{path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
 
@@ -43,7 +44,8 @@ def provenance():
     here = Path(__file__).parent
     git = lambda *command: subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True)
     commit = git("rev-parse", "HEAD") if (here / ".git").exists() else None
-    return {"commit": commit.stdout.strip() + "+changes" * bool(git("status", "--porcelain", "-uno").stdout) if commit and not commit.returncode else None,
+    return {"commit": commit.stdout.strip() + "+changes" * bool(git("status", "--porcelain", "-uno").stdout)
+                      if commit and not commit.returncode else None,
             "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "alfworld", "numpy", "tokenizers", "safetensors")}},
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores" + (f", {ranks()} processes" if ranks() > 1 else "")
                        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")}
@@ -55,7 +57,8 @@ def begun(path):
 
 
 def settle_flags(path, flags):
-    """Record the flags of a new run in its config.json, and where it comes from; those of a continued one must be the same (`same_flags`), but that more iterations may follow those it has."""
+    """Record the flags of a new run in its config.json, and where it comes from; those of a continued one must be the same (`same_flags`),
+    but that more iterations may follow those it has."""
     config, new = path / "config.json", {"flags": flags, "command": " ".join(sys.argv)}
     if first_says(config.exists() and begun(path)):
         old = read_json(config)
@@ -124,7 +127,8 @@ class Run:
     def __init__(self, args):
         self.path, self.device = Path(args.out), pick_device(args.device)
         cores = torch.get_num_threads()
-        self.workers = cores if self.device.type == "cpu" else min(8, cores)  # processes that play rollouts: several keep a GPU from waiting for worlds
+        # processes that play rollouts: several keep a GPU from waiting for worlds
+        self.workers = cores if self.device.type == "cpu" else min(8, cores)
         settle_flags(self.path, dict(vars(args)))
         self.commit = provenance()["commit"]  # of this sitting; a run may go on by later code
 
@@ -139,8 +143,9 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings, and the most memory that this process has held in it, with
-        its workers'; of several ranks, which begin and end it together, the sums. A killed sitting counts up to its last BEAT, each rank like the first one, workers not."""
+        """A Stage; the time spent in it, on the clock and of all cores, is added up in state.json over all sittings,
+        and the most memory that this process has held in it, with its workers'; of several ranks, which begin and end it together, the sums.
+        A killed sitting counts up to its last BEAT, each rank like the first one, workers not."""
         stage, file = Stage(self, name), self.path / "state.json"
         before = {"last": None, "seconds": {}, "core_seconds": {}, "peak_mb": {}, **(read_json(file) if file.exists() else {})}
 
@@ -204,17 +209,20 @@ def estimate(args, run, games):
 
     # a token, forward and backward; half as much again goes into the optimiser, the telling of texts and ragged batches, and the ranks share the work
     train = 1.5 / ranks() * seconds(lambda: model.logits(model(ids)).logsumexp(-1).mean().backward())
-    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400, and 100 a search; sampling a token costs about half of training on it
+    # tokens of an episode: about 160 a demonstration, 250 a rollout; an update on glances is worth 2,400, and 100 a search; sampling a token costs
+    # about half of training on it
     per_rollout, a_check = 140 * train, args.check_batch * 200 * train
     lessons = (args.inverse_updates * (args.prm_batch * 250 * train + a_check * bool(args.checks)) if args.algo == "inverseprm" else
                args.rollouts * 250 * args.prm_epochs * train)
-    stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160 + args.glances * (2400 + 100 * args.searches)) * train * (not args.init),
+    stages = {"SFT": (max(args.demos, args.sft_updates * args.sft_batch) * 160
+                      + args.glances * (2400 + 100 * args.searches)) * train * (not args.init),
               "rollouts": args.iters * args.rollouts * per_rollout,
               "forks": args.iters * args.rollouts * args.forks * 10 * per_rollout,  # behind each of 13 actions, and three quarters as long
               "checks": args.iters * args.checks * a_check,
               "PRM": args.iters * args.ensemble * lessons,
               "DPO": args.iters * args.pairs / args.states_per_trajectory * 400 * train,
-              "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev) + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
+              "evaluation": (args.iters + 1) * (args.dev_episodes * len(games.dev)
+                                                + args.episodes_per_game * sum(map(len, games.test.values()))) * per_rollout}
     total = sum(stages.values())
     show = lambda s: f"{s / 3600:.1f} h" if s > 5400 else f"{s / 60:.0f} min" if s > 90 else f"{s:.0f} s"
     print(f"estimate for this machine: {show(total)} (" + ", ".join(f"{k} {show(v)}" for k, v in stages.items() if v) + ")", file=sys.stderr)
@@ -249,7 +257,9 @@ def final_table(args, run):
         shutil.rmtree(target, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, target)
-    write_json(run.path / "best/run.json", {**read_json(run.path / "config.json"), "commits": list(dict.fromkeys(r.get("commit") for r in run.records())), "data": read_json(run.path / "data.json"), "metrics": rows[best]})
+    write_json(run.path / "best/run.json", {
+        **read_json(run.path / "config.json"), "commits": list(dict.fromkeys(r.get("commit") for r in run.records())),
+        "data": read_json(run.path / "data.json"), "metrics": rows[best]})
     write_json(run.path / "result.json", {"best": best, "rows": rows, "max_steps": args.max_steps, "temperature": args.eval_temperature,
                                           "engine": "fast", "alfworld": version("alfworld"), "data": read_json(run.path / "data.json")})
     print(f"\ncap {args.max_steps}, temperature {args.eval_temperature}, free generation, fast engine; * best on dev -> {run.path}/best")

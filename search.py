@@ -5,7 +5,8 @@
     beam_search(policy, prm, tokenizer, episodes, keep=4, expand=4)            # in a world that can be set back
     best_episodes(trajectories, last_scores(prm, trajectories), 16)            # in a world that can be played again
 
-None of them looks at rewards or at `won`; beam search does put an episode that ended by itself before others. All compare f, which ranks as Q = σ(f) does; ties go to the first.
+None of them looks at rewards or at `won`; beam search does put an episode that ended by itself before others. All compare f, which ranks as Q = σ(f)
+does; ties go to the first.
 """
 
 from collections import deque

@@ -16,11 +16,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import RESUMED, Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model, set_up_torch, write_json
+from common import (RESUMED, Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model,
+                    set_up_torch, write_json)
 from env import AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior
@@ -32,7 +32,6 @@ from ranks import mine, summed
 from runs import settle_flags
 from tellings import GLANCES, glances, searches, tellings
 from tokenizer import PAD, Tokenizer, split_intro
-from tree import distinct, propose
 
 
 def train_tokenizer(games, prior, seed, sample=1000):
@@ -49,25 +48,6 @@ def train_tokenizer(games, prior, seed, sample=1000):
     return Tokenizer.train(texts, counts)
 
 
-def against_chance(trajectory, tokenizer, game, rng):
-    """At each state of an expert's episode its action against another admissible one, as pairs of `qestimate.preference_pairs`."""
-    env, pairs = AlfworldEnv(), []
-    _, info = env.reset(game)
-    for k, action in enumerate(tokenizer.actions(trajectory.ids)):
-        others = [command for command in info["admissible_commands"] if command != action]
-        pairs.append((k, np.array(tokenizer.action(others[rng.integers(len(others))]))))
-        info = env.step(action)[-1]
-    return pairs
-
-
-def against_policy(trajectory, tokenizer, policy, proposals, seed):
-    """The same against what else a policy proposes there, where it reads otherwise."""
-    text = lambda action: tokenizer.decode(action).strip()
-    states = [(0, int(start)) for start in trajectory.spans[:, 0]]
-    drawn = propose(policy, [trajectory.ids.astype(np.int64)], states, proposals, 1.0, (seed, key(trajectory.game), np.arange(len(states))))
-    return [(k, np.array(action)) for k, (some, own) in enumerate(zip(drawn, tokenizer.actions(trajectory.ids))) for action, _ in distinct(some, tokenizer) if text(action) != own]
-
-
 def sft_loss(logits, targets, weights, total=None):
     """Weighted cross-entropy of next tokens: logits (…, V), targets and weights (…); `total`: the weight of the whole batch. -> scalar"""
     loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
@@ -82,7 +62,8 @@ def untrained(config, seed):
 
 def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, batch, seed, state, mistakes, obs_weight, max_steps,
               searched=0, exchange=0.0, detours=0.0, sparse=0.0, steer=0.0, noise=0.0, weight_decay=0.01, own_names=False, name="SFT"):
-    """Train on `glanced` updates of glances and of `searched` searches, then on `updates` of `batch` demonstrations, or more if there are more (`tellings`). -> log
+    """Train on `glanced` updates of glances and of `searched` searches, then on `updates` of `batch` demonstrations,
+    or more if there are more (`tellings`). -> log
 
     Unless `own_names`, a name's numbers share a part of their vectors meanwhile (names.py).
     """
@@ -96,7 +77,8 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
             looks = glances(games, prior, tokenizer, range(step * GLANCES, (step + 1) * GLANCES), **options)
             return looks + searches(games, tokenizer, range(step * searched, (step + 1) * searched), demos=demos, seed=seed)
         first = (step - glanced) * batch
-        return tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours, sparse=sparse, steer=steer, **options)
+        return tellings(games, prior, tokenizer, range(first, first + batch), obs_weight=obs_weight, exchange=exchange, detours=detours,
+                        sparse=sparse, steer=steer, **options)
 
     def loss_of(step):
         episodes = [(ids[:longest], weights[:longest]) for ids, weights in lessons_of(step)]
@@ -125,7 +107,8 @@ def main():
     parser.add_argument("--demos", type=int, default=400, help="demonstrations")
     parser.add_argument("--updates", type=int, default=1500, help="updates at least; demonstrations are told again with other numbers")
     parser.add_argument("--glances", type=int, default=400, help="updates before them on single turns of the demonstrations")
-    parser.add_argument("--searches", type=int, default=60, help="rooms of the demonstrations gone through in order, told in each of these updates too")
+    parser.add_argument("--searches", type=int, default=60,
+                        help="rooms of the demonstrations gone through in order, told in each of these updates too")
     parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
     game_flags(parser, "dev")
@@ -133,13 +116,18 @@ def main():
     parser.add_argument("--temperature", type=a_temperature, metavar="X", default=0.3, help="sampling temperature of the evaluation")
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
     parser.add_argument("--lr", type=between(1e-12, 10), metavar="X", default=2.5e-3, help="learning rate")
-    parser.add_argument("--weight-decay", type=between(0, 10), metavar="X", default=0.5, help="weight decay: the few demonstrations are told again and again, and would be learned by heart")
+    parser.add_argument("--weight-decay", type=between(0, 10), metavar="X", default=0.5,
+                        help="weight decay: the few demonstrations are told again and again, and would be learned by heart")
     parser.add_argument("--batch", type=int, default=16, help="demonstrations an update")
     parser.add_argument("--mistakes", type=between(0, 0.9), metavar="X", default=0.15, help="chance of a mistake at a step, shown but not taught")
-    parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3, help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
-    parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5, help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
-    parser.add_argument("--sparse", type=between(0, 1), metavar="X", default=0.7, help="share of the demonstrations told in a room with less in it of what they do not need")
-    parser.add_argument("--own-names", action="store_true", help="no part of the embedding is shared among the numbers of a name, and of a number among names")
+    parser.add_argument("--exchange", type=between(0, 1), metavar="X", default=0.3,
+                        help="share of the demonstrations in which the name of the wanted thing and another are exchanged throughout")
+    parser.add_argument("--detours", type=between(0, 1), metavar="X", default=0.5,
+                        help="share of the demonstrations told with a walk that leads nowhere, shown and not taught")
+    parser.add_argument("--sparse", type=between(0, 1), metavar="X", default=0.7,
+                        help="share of the demonstrations told in a room with less in it of what they do not need")
+    parser.add_argument("--own-names", action="store_true",
+                        help="no part of the embedding is shared among the numbers of a name, and of a number among names")
     parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
     parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -163,8 +151,9 @@ def main():
         folder = Path(args.out, f"{demos}")
         if not (folder / "eval.json").exists():
             policy = untrained(Config(len(tokenizer)), args.seed).to(device)
-            train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, searched=args.searches, lr=args.lr, batch=args.batch, seed=args.seed,
-                      mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange, detours=args.detours, sparse=args.sparse, weight_decay=args.weight_decay, own_names=args.own_names,
+            train_sft(policy, tokenizer, train, prior, demos=demos, updates=args.updates, glanced=args.glances, searched=args.searches, lr=args.lr,
+                      batch=args.batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
+                      exchange=args.exchange, detours=args.detours, sparse=args.sparse, weight_decay=args.weight_decay, own_names=args.own_names,
                       state=folder / "state.safetensors", name=f"SFT {demos:,}")
             save_model(folder / "policy", policy, tokenizer)
             result = evaluate_policy(policy, tokenizer, test, episodes_per_game=args.episodes_per_game, temperature=args.temperature,

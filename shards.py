@@ -33,8 +33,8 @@ def play_shards(shards, folder, device, workers, **options):
     if workers > 1:
         context = get_context("spawn")
         counters = [context.Array("q", 3, lock=False) for _ in range(workers)]
-        processes = [context.Process(target=play_in_process, args=(os.getpid(), missing[w::workers], folder, device, counters[w], options), daemon=True)
-                     for w in range(workers)]
+        processes = [context.Process(target=play_in_process, args=(os.getpid(), missing[w::workers], folder, device, counters[w], options),
+                                     daemon=True) for w in range(workers)]
         try:
             for process in processes:
                 process.start()

@@ -1,5 +1,6 @@
-"""What an agent learns from demonstrations, as texts: each told again and again with other numbers and names, in rooms with less in them, with mistakes and detours
-that are shown and not taught; in glances, single turns in which nothing but looking helps; and in searches of their rooms, from place to place as listed."""
+"""What an agent learns from demonstrations, as texts:
+each told again and again with other numbers and names, in rooms with less in them, with mistakes and detours that are shown and not taught;
+in glances, single turns in which nothing but looking helps; and in searches of their rooms, from place to place as listed."""
 
 import re
 from dataclasses import replace
@@ -65,10 +66,11 @@ LISTED = re.compile(r"you see (a \w+ \d+(?:, (?:and )?a \w+ \d+)*)\.")
 
 
 def sparser(game, demo, rng):
-    """The same demonstration in a room with less in it: of the places and things that neither its actions name nor the task is about, a share is left. -> Demonstration
+    """The same demonstration in a room with less in it: of the places and things that neither its actions name nor the task is about,
+    a share is left. -> Demonstration
 
-    What is right stays right, as the expert would have passed over them. But a game is no longer known by its room, nor a place by where it stands in the
-    list, so what to do is less easily learned by heart than by looking (LOG.md).
+    What is right stays right, as the expert would have passed over them. But a game is no longer known by its room, nor a place by where it stands
+    in the list, so what to do is less easily learned by heart than by looking (LOG.md).
     """
     task, named, kept = parse_task(game.task), {name for step in demo.steps for name in names(step.action)}, rng.random()
     stays = lru_cache(None)(lambda name: name in named or base(name) in (task.object, task.place, TOOLS.get(task.kind)) or rng.random() < kept)
@@ -119,19 +121,20 @@ def expert_trajectories(games, prior, tokenizer, *, demos, seed, mistakes, max_s
         spans = np.stack([np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1], axis=1)  # (T, 2)
         T = int((spans[:, 0] + MAX_ACTION <= context).sum())  # actions that fit
         cut, won = T < len(spans), demo.won and T == len(spans)
-        taught, inadmissible = (np.array([f(step) for step in demo.steps[:T]]) for f in (lambda s: s.trained, lambda s: s.observation == NOTHING_HAPPENS))
-        out.append((Trajectory(game.id, ids[:spans[T - 1, 1]].astype(np.int32), spans[:T].astype(np.int32), np.zeros(T, np.float32), np.zeros(T, bool), inadmissible,
-                               float(won), won, cut or not demo.won, seed, number), taught))
+        taught, inadmissible = (np.array([f(step) for step in demo.steps[:T]])
+                                for f in (lambda s: s.trained, lambda s: s.observation == NOTHING_HAPPENS))
+        out.append((Trajectory(game.id, ids[:spans[T - 1, 1]].astype(np.int32), spans[:T].astype(np.int32), np.zeros(T, np.float32),
+                               np.zeros(T, bool), inadmissible, float(won), won, cut or not demo.won, seed, number), taught))
     return out
 
 
 def teller(games, tokenizer, exchange):
     """-> tell(ids, game id, rng, any_number): another telling of an episode of one of the games, the same story with other names.
 
-    This is data augmentation, of every training text: instance numbers are permuted (`Tokenizer.renumber`), and in a share `exchange` of the tellings
-    two names trade places throughout, that of the thing the task asks for and that of another which some game's task does ("put a mug in
-    desk" becomes "put a vase in desk", mugs vases, and vases mugs). Without that, what few demonstrations ask for is seldom brought, and what none does
-    never (LOG.md). Numbers do not change what is right; an exchange does a little, for then things are not where they use to be.
+    This is data augmentation, of every training text: instance numbers are permuted (`Tokenizer.renumber`), and in a share `exchange` of the
+    tellings two names trade places throughout, that of the thing the task asks for and that of another which some game's task does ("put a mug in
+    desk" becomes "put a vase in desk", mugs vases, and vases mugs). Without that, what few demonstrations ask for is seldom brought, and what none
+    does never (LOG.md). Numbers do not change what is right; an exchange does a little, for then things are not where they use to be.
     """
     by_id = {game.id: game for game in games}
     wanted = {game.id: parse_task(game.task).object for game in games}
@@ -155,8 +158,8 @@ def tellings(games, prior, tokenizer, numbers, *, demos, seed, mistakes, obs_wei
              noise=0.0):
     """The first `demos` demonstrations, told over and over, in another order and with other numbers each time. -> [(ids, weights)]
 
-    exchange: as in `teller`. detours: the share of them told with a detour, another each time. sparse: the share of them told in a `sparser` room, another each time. steer: the share of them in which the expert follows a strategy
-    that the prompt names; it plays each of these anew.
+    exchange: as in `teller`. detours: the share of them told with a detour, another each time. sparse: the share of them told in a `sparser` room,
+    another each time. steer: the share of them in which the expert follows a strategy that the prompt names; it plays each of these anew.
     """
     env, out, tell = AlfworldEnv(max_steps), [], teller(games, tokenizer, exchange)
     for number in numbers:
@@ -192,7 +195,8 @@ def glances(games, prior, tokenizer, numbers, *, demos, seed, mistakes, max_step
         asked = parse_task(task).object
         for before, step in zip(demo.steps, demo.steps[1:]):
             taking = step.action.startswith("take ")
-            if step.trained and "you see" in before.observation and (noise or taking == (f"a {asked} " in before.observation)):  # noise is taught as it is
+            # noise is taught as it is
+            if step.trained and "you see" in before.observation and (noise or taking == (f"a {asked} " in before.observation)):
                 prompt, action = tokenizer.prompt(task, before.observation), tokenizer.action(step.action)
                 ids = tell(np.array(prompt + action), game.id, rng, any_number=True)
                 taught = len(action) if taking else 1
@@ -206,11 +210,13 @@ CHAIN = 7  # places of a search, at most
 
 
 def searches(games, tokenizer, numbers, *, demos, seed):
-    """Rooms of the demonstrations gone through as the demonstrator would who finds nothing: <task> … the room <act> go to a place <obs> … <act> go to the next of its kind as listed.
+    """Rooms of the demonstrations gone through as the demonstrator would who finds nothing:
+    <task> … the room <act> go to a place <obs> … <act> go to the next of its kind as listed.
 
-    In whole episodes this step is rare, and hardly learned (LOG.md): the policy then goes back to where it has been. Here it is all that is taught, of any kind of place, from any
-    of its places on, in a `sparser` room with any numbers. No demonstration more is asked for: that the demonstrator goes through a kind as listed is taken for granted,
-    and the world says what is there. The first place is shown and not taught; the search ends where it comes upon the wanted thing, or would be refused as it is there already. -> [(ids, weights)]
+    In whole episodes this step is rare, and hardly learned (LOG.md): the policy then goes back to where it has been. Here it is all that is taught,
+    of any kind of place, from any of its places on, in a `sparser` room with any numbers. No demonstration more is asked for: that the demonstrator
+    goes through a kind as listed is taken for granted, and the world says what is there. The first place is shown and not taught; the search ends
+    where it comes upon the wanted thing, or would be refused as it is there already. -> [(ids, weights)]
     """
     env, out, tell = AlfworldEnv(2 * CHAIN), [], teller(games, tokenizer, 1.0)
     for number in numbers:

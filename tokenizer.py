@@ -32,7 +32,8 @@ class Tokenizer:
         self.hf = hf
         hf.encode_special_tokens = True  # "<end>" in a text is five characters
         self.tokens = [hf.id_to_token(i) for i in range(hf.get_vocab_size())]
-        self.base_of = {i: m[1] for i, token in enumerate(self.tokens) if (m := re.fullmatch(r" (.+) [0-9]+", token)) and hf.token_to_id(f" {m[1]}") is not None}  # of a name with its number
+        self.base_of = {i: m[1] for i, token in enumerate(self.tokens)  # of a name with its number
+                        if (m := re.fullmatch(r" (.+) [0-9]+", token)) and hf.token_to_id(f" {m[1]}") is not None}
         self._instances = {}
         self.encode = lru_cache(maxsize=200_000)(self._encode)  # observations recur by the thousand
 

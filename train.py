@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ranks
-from checks import check_loss, train_checks
+from checks import check_loss, expert_preferred, train_checks
 from common import RESUMED, UserError, command_line, generator, key, read_json, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
 from detours import with_detour
@@ -28,12 +28,12 @@ from flags import OF_DEMONSTRATIONS, episodes_of_each_game, origin, parse_flags
 from games import same_games, task_folder
 from inverse_prm import Ends, rest_odds, told_apart, train_inverse_prm
 from model import Config
-from prm import actions_of, fit_labels, pair_gaps, prefer, promise_and_progress, report, score, share_right, states_of, train_prm
-from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed, state_labels, td_gae,
-                       visit_statistics, world_keys)
+from prm import actions_of, fit_labels, prefer, promise_and_progress, report, score, states_of, train_prm
+from qestimate import (forked, forks_of, held_out_check, history_keys, labels_of, preference_pairs, q_table, returns, sarsa, shaped, squashed,
+                       state_labels, td_gae, visit_statistics, world_keys)
 from rollout import FROM_DEMONSTRATION, rollout
 from runs import Run, estimate, final_table, load_games
-from sft import against_chance, against_policy, train_sft, train_tokenizer, untrained
+from sft import train_sft, train_tokenizer, untrained
 from shards import play_shards, rollouts_in, sampled_tokens
 from tellings import expert_trajectories, hinted, receptacle_types, teller, without_hint
 from tokenizer import Tokenizer, split_intro
@@ -73,16 +73,21 @@ def supervised(args, run, games):
             policy, tokenizer = read_model(args.init, run.device)
             log, (theirs, data) = [], origin(args.init)
             if not same_games(data.get("train", games.source), games.source):
-                raise UserError(f"--init {args.init}: its run had other games ({data['train']}; now {games.source}), so it may have been trained on what is held out here")
-            if differ := [f"--{name.replace('_', '-')} {theirs[name]} is {getattr(args, name)} now" for name in OF_DEMONSTRATIONS if theirs.get(name, getattr(args, name)) != getattr(args, name)]:
+                raise UserError(f"--init {args.init}: its run had other games ({data['train']}; now {games.source}), "
+                                "so it may have been trained on what is held out here")
+            if differ := [f"--{name.replace('_', '-')} {theirs[name]} is {getattr(args, name)} now" for name in OF_DEMONSTRATIONS
+                          if theirs.get(name, getattr(args, name)) != getattr(args, name)]:
                 print(f"warning: demonstrations are made anew, and not those of --init ({'; '.join(differ)})", file=sys.stderr)
         else:
             prior = fit_prior(games.train)
             tokenizer = train_tokenizer(games.train, prior, args.seed)
-            policy = untrained(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context), args.seed).to(run.device)
-            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances, searched=args.searches, lr=args.sft_lr, weight_decay=args.sft_weight_decay,
-                            batch=args.sft_batch, seed=args.seed, mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps,
-                            exchange=args.exchange, detours=args.detours, sparse=args.sparse, steer=args.steer, noise=args.demo_noise, own_names=args.own_names, state=stage.state)
+            policy = untrained(Config(len(tokenizer), args.dim, args.layers, args.heads, args.kv_heads, args.hidden, args.context),
+                               args.seed).to(run.device)
+            log = train_sft(policy, tokenizer, games.train, prior, demos=args.demos, updates=args.sft_updates, glanced=args.glances,
+                            searched=args.searches, lr=args.sft_lr, weight_decay=args.sft_weight_decay, batch=args.sft_batch, seed=args.seed,
+                            mistakes=args.mistakes, obs_weight=args.obs_weight, max_steps=args.max_steps, exchange=args.exchange,
+                            detours=args.detours, sparse=args.sparse, steer=args.steer, noise=args.demo_noise, own_names=args.own_names,
+                            state=stage.state)
         save_model(run.path / "iter0/policy", policy, tokenizer)
         stage.finish({"parameters": policy.n_parameters(), "log": log})
 
@@ -103,14 +108,16 @@ def roll_out(args, run, games, i):
             plain = [t.won for t in trajectories if t.episode < FROM_DEMONSTRATION]
             stage.finish({"episodes": len(trajectories), "success": sum(plain) / len(plain) if plain else None,
                           "begun_in_demonstrations": len(trajectories) - len(plain), "mean_actions": actions / len(trajectories),
-                          "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions), "sampled_tokens": sampled_tokens(trajectories),
+                          "inadmissible": float(sum(t.inadmissible.sum() for t in trajectories) / actions),
+                          "sampled_tokens": sampled_tokens(trajectories),
                           "q_hat_check": held_out_check(trajectories, Tokenizer.load(run.path / f"iter{i - 1}/policy"), args.gamma)})
         return trajectories
 
 
 def play_episodes(args, run, stage, i, name, todo):
     """Play the episodes `todo` with π_{i−1}, in shards that lie in iter<i>/<name>."""
-    shards = [(run.path / f"iter{i}/{name}/{n:05d}.safetensors", todo[start:start + args.shard]) for n, start in enumerate(range(0, len(todo), args.shard))]
+    shards = [(run.path / f"iter{i}/{name}/{n:05d}.safetensors", todo[start:start + args.shard])
+              for n, start in enumerate(range(0, len(todo), args.shard))]
     if not ranks.first_says(all(file.exists() for file, _ in shards)):
         with tqdm(total=sum(len(episodes) for _, episodes in ranks.mine(shards)), desc=f"{name} {i}", unit="episode", dynamic_ncols=True) as bar:
             for ended, won, stage.workers_memory in play_shards(
@@ -167,8 +174,9 @@ def stored_rollouts(args, run, i):
 def held_out(args, trajectories):
     """Task folders of the rollouts, of which no PRM sees a rollout, or in its own lessons a demonstration: a share of --held-out, at least one.
 
-    In every iteration the same, as far as they are played: what Q_1 has learned from, π_1 has imitated and Q_2 starts from. Stage 3 uses all rollouts, so from
-    the second iteration on the policy that a PRM starts from has imitated won ones of these folders too: its report card is about new rollouts, not new games.
+    In every iteration the same, as far as they are played: what Q_1 has learned from, π_1 has imitated and Q_2 starts from. Stage 3 uses all
+    rollouts, so from the second iteration on the policy that a PRM starts from has imitated won ones of these folders too: its report card is about
+    new rollouts, not new games.
     """
     folders = sorted({task_folder(t.game) for t in trajectories}, key=lambda folder: key(f"held out {args.seed} {folder}"))
     if len(folders) < 2:
@@ -191,7 +199,8 @@ def check(args, run, games, i, trajectories):
 
 
 def process_reward_model(args, run, games, i, trajectories, name):
-    """Stage 2b: Q_i starts from π_{i−1}, or from what it has become by checks, and learns from the rollouts; its report card is of rollouts held out by task folder."""
+    """Stage 2b: Q_i starts from π_{i−1}, or from what it has become by checks, and learns from the rollouts;
+    its report card is of rollouts held out by task folder."""
     with run.stage(f"iter{i}/{name}") as stage:
         if stage.done:
             return
@@ -202,12 +211,14 @@ def process_reward_model(args, run, games, i, trajectories, name):
         test = [t for t in trajectories if task_folder(t.game) in held]
         keys = history_keys if args.state == "history" else lambda t, tokenizer: world_keys(t, tokenizer, games.by_id[t.game])
         learn = learn_from_demonstrations if args.algo == "inverseprm" else learn_from_returns
-        learned = learn(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, lr=args.prm_lr, batch=args.prm_batch, obs_weight=args.prm_obs_weight,
-                        seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
+        learned = learn(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, lr=args.prm_lr, batch=args.prm_batch,
+                        obs_weight=args.prm_obs_weight, seed=key(f"{name} {args.seed} {i}"), state=stage.state, name=f"{name.upper()} {i}")
         save_model(run.path / f"iter{i}/{name}", prm, tokenizer)
         table = q_table(test, tokenizer, args.gamma, keys)
-        card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0], ranks_alone=bool(args.shape_with or args.curiosity))
-        stage.finish({"held_out": card, "expert_preferred": expert_preferred(args, prm, policy, tokenizer, games), **learned})
+        card = report(prm, test, labels_of(test, table), table, preference_pairs(test, table, args.delta)[0],
+                      ranks_alone=bool(args.shape_with or args.curiosity))
+        stage.finish({"held_out": card, "expert_preferred": expert_preferred(prm, policy, tokenizer, games.train, games.dev, seed=args.seed,
+                                                                                  max_steps=args.max_steps, context=args.context), **learned})
 
 
 def learn_from_returns(args, run, games, i, trajectories, held, prm, policy, tokenizer, keys, **options):
@@ -216,9 +227,11 @@ def learn_from_returns(args, run, games, i, trajectories, held, prm, policy, tok
     table = q_table(fit, tokenizer, args.gamma, keys)
     labels, (pairs, preferences) = labels_of(fit, table), preference_pairs(fit, table, args.delta)
     if args.forks:
-        labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma)) if task_folder(t.game) not in held]
+        labels = [label for t, label in zip(trajectories, forked(trajectories, forks_in(run, i), args.forks, args.gamma))
+                  if task_folder(t.game) not in held]
     value = fit_labels(state_labels(fit, table), states_of(fit)) if args.prm_loss == "bce" else None
-    log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), teller(games.train, tokenizer, args.exchange), epochs=args.prm_epochs, value=value, **options)
+    log = train_prm(prm, fit, objective(args, run, fit, labels, pairs), teller(games.train, tokenizer, args.exchange),
+                    epochs=args.prm_epochs, value=value, **options)
     return {"visits": visit_statistics(table), "preferences": preferences, "log": log}
 
 
@@ -234,24 +247,8 @@ def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, poli
     log = train_inverse_prm(prm, policy, shown, negatives, tell, ends, updates=args.inverse_updates, temperature=args.rollout_temperature,
                             check=check if args.checks else None, **options)
     sides = ([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in (expert, learner))
-    return {"told_apart": told_apart(*sides, ends), "rest": ends.rest, "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
-
-
-ASKED = 4  # proposals at a state, for the report card, whatever --proposals: runs are to be compared
-
-
-def expert_preferred(args, prm, policy, tokenizer, games):
-    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that π_{i−1} proposes.
-
-    `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: about what --min-gap leaves to stage 3.
-    """
-    rng = generator(args.seed, "against chance")
-    episodes = [t for t, _ in expert_trajectories(games.dev, fit_prior(games.train), tokenizer, demos=min(300, len(games.dev)), seed=args.seed, mistakes=0.0,
-                                                  max_steps=args.max_steps, context=args.context)]
-    chance = pair_gaps(prm, episodes, [against_chance(t, tokenizer, games.by_id[t.game], rng) for t in episodes])
-    gaps = pair_gaps(prm, episodes, [against_policy(t, tokenizer, policy, ASKED, args.seed) for t in episodes])
-    far = {least: gaps[abs(gaps) > least] for least in (0.02, 0.05, 0.1, 0.2)}
-    return {"to_chance": share_right(chance), "to_policy": share_right(gaps), "by_gap": {least: (share_right(some), len(some)) for least, some in far.items()}}
+    return {"told_apart": told_apart(*sides, ends), "rest": ends.rest,
+            "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
 
 
 def prm_names(args):
@@ -263,14 +260,15 @@ def objective(args, run, trajectories, labels, pairs):
     """What --prm-loss, --targets, --shape-with and --curiosity ask of Q, with Monte Carlo labels or preferences at hand."""
     if args.shape_with:
         reference, _ = read_model(run.path / "iter0/value", run.device, "score")
-        q_hat = squashed(np.concatenate([shaped(q, V, args.gamma, args.shape) for (q, _), [V] in zip(labels, opinions([reference], trajectories, states_of))]))
+        q_hat = squashed(np.concatenate([shaped(q, V, args.gamma, args.shape)
+                                         for (q, _), [V] in zip(labels, opinions([reference], trajectories, states_of))]))
         labels = list(zip(np.split(q_hat.astype(np.float32), np.cumsum([len(t) for t in trajectories])[:-1]), [weight for _, weight in labels]))
     if args.curiosity:
         labels = [(np.minimum(1, q_hat + args.curiosity * np.sqrt(weight)), weight) for q_hat, weight in labels]  # weight: 1 / visits
     if args.prm_loss == "bt":
         if not any(pairs):
-            print("warning: nowhere among the rollouts are two actions of one state more than --delta apart, so --prm-loss bt has nothing to compare; "
-                  "play more of each game (--min-games 250)", file=sys.stderr)
+            print("warning: nowhere among the rollouts are two actions of one state more than --delta apart, so --prm-loss bt has nothing to "
+                  "compare; play more of each game (--min-games 250)", file=sys.stderr)
         return prefer(trajectories, pairs)
     if args.prm_loss == "promise-progress":
         targets = {"mc": lambda i, M: (labels[i][0], np.diff(labels[i][0], prepend=0)),
@@ -293,13 +291,15 @@ def reference_value(args, run):
 
 
 def demonstrations(args, games, tokenizer):
-    """Those that π_0 was trained on (one of --init, if its run had the same --demos, --mistakes, --demo-noise and --seed). -> [(Trajectory, taught (T,) bool)]"""
+    """Those that π_0 was trained on (one of --init, if its run had the same --demos, --mistakes, --demo-noise and --seed).
+    -> [(Trajectory, taught (T,) bool)]"""
     return expert_trajectories(games.train, fit_prior(games.train), tokenizer, demos=args.demos, seed=args.seed, mistakes=args.mistakes,
                                max_steps=args.max_steps, noise=args.demo_noise, context=args.context)
 
 
 def improve(args, run, games, i, trajectories):
-    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init), at states of all rollouts so far (--states-of last: of π_{i−1}'s)."""
+    """Stage 3: online DPO from π_{i−1}, judged by Q_i, held near π_{i−1} (or π_0: --ref init),
+    at states of all rollouts so far (--states-of last: of π_{i−1}'s)."""
     with run.stage(f"iter{i}/dpo") as stage:
         if stage.done:
             return
@@ -321,24 +321,28 @@ def improve(args, run, games, i, trajectories):
             return as_it_was(t, weights, rng)
 
         def watch():
-            """Does Q still mean success? Both, on the dev games, of the policy as it is now; Q's mean and that of the returns it stands for, over the same actions."""
-            played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature, max_steps=args.max_steps, seed=args.seed, slots=args.slots))
+            """Does Q still mean success? Both, on the dev games, of the policy as it is now;
+            Q's mean and that of the returns it stands for, over the same actions."""
+            played = list(rollout(policy, tokenizer, [(game, 0) for game in games.dev], temperature=args.eval_temperature,
+                                  max_steps=args.max_steps, seed=args.seed, slots=args.slots))
             q = np.concatenate(opinions(prms, played), axis=1)  # (K, actions)
             return {"true/success": float(np.mean([t.won for t in played])), "true/actions": float(np.mean([len(t) for t in played])),
                     "true/return": float(np.concatenate([returns(t, args.gamma) for t in played]).mean()),
                     "prm/q": float(TOGETHER[args.ensemble_by](q).mean()), "prm/disagreement": float(q.std(0).mean())}
 
-        log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories, teller(games.train, tokenizer, args.exchange), pairs=args.pairs,
-                         beta=args.beta, lr=args.dpo_lr, temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"),
-                         state=stage.state, trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap,
-                         imitate=args.imitate, weigh=weigh, stray=stray, averaged=args.average, watch=watch if args.track_hacking else None, name=f"DPO {i}")
+        log = online_dpo(policy, reference, judged_by(prms, args.ensemble_by), tokenizer, earlier + trajectories,
+                         teller(games.train, tokenizer, args.exchange), pairs=args.pairs, beta=args.beta, lr=args.dpo_lr,
+                         temperature=args.dpo_temperature, proposals=args.proposals, seed=key(f"dpo {args.seed} {i}"), state=stage.state,
+                         trunks=args.dpo_batch, states_per_trunk=args.states_per_trajectory, min_gap=args.min_gap, imitate=args.imitate,
+                         weigh=weigh, stray=stray, averaged=args.average, watch=watch if args.track_hacking else None, name=f"DPO {i}")
         save_model(run.path / f"iter{i}/policy", policy, tokenizer)
         stage.finish({"log": log})
 
 
 def evaluate(args, run, games, i):
     """Success of π_i, on dev and on the test splits."""
-    for split, played, each in (("dev", games.dev, args.dev_episodes), *((split, test, args.episodes_per_game) for split, test in games.test.items())):
+    for split, played, each in (("dev", games.dev, args.dev_episodes),
+                                *((split, test, args.episodes_per_game) for split, test in games.test.items())):
         with run.stage(f"iter{i}/eval-{split}") as stage:
             if not stage.done:
                 policy, tokenizer = read_model(run.path / f"iter{i}/policy", run.device)

@@ -9,11 +9,13 @@ return of each is its true Q, and what it is above the mean of its state its tru
 little about that: most of what there is to know of a return is the state's. Printed, of actions with at least --least rollouts:
 
     Q, A            correlation of Q(s, a) with the true one, and of Q(s, a) − Σ π(a | s) Q(s, a) with the true advantage
-    far             pairs of actions of one state whose true Q are more than 0.15 and more than two standard errors apart: how many, and in which share Q says which is better
+    far             pairs of actions of one state whose true Q are more than 0.15 and more than two standard errors apart: how many,
+                    and in which share Q says which is better
     gap of 0.05 …   pairs that Q holds for so far apart: how many, in which share the better one is better, and by how much, on average
 
 The truth is a mean of a few rollouts, and its noise lowers all but `far` for every judge alike: compare rows, not a row with 1.
-The first row is log π(a | s) in the place of Q, and of a PRM that compares actions of one state only it is f: their gaps are not Q's. The rollouts stay in the run (truth-K.json), and are not played again.
+The first row is log π(a | s) in the place of Q, and of a PRM that compares actions of one state only it is f: their gaps are not Q's.
+The rollouts stay in the run (truth-K.json), and are not played again.
 """
 
 import sys
@@ -55,7 +57,8 @@ def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, 
 
 @torch.no_grad()
 def judged(score, found, device, least):
-    """For every state with two actions or more of at least `least` rollouts: `score`(Tree) of them, their true q, their share, the variance of that q, each (actions,)."""
+    """For every state with two actions or more of at least `least` rollouts:
+    `score`(Tree) of them, their true q, their share, the variance of that q, each (actions,)."""
     out = []
     for state in tqdm(found, "score", unit="state", leave=False, dynamic_ncols=True):
         actions = [a for a in state["actions"].values() if len(a["returns"]) >= least]
@@ -69,7 +72,8 @@ def judged(score, found, device, least):
 
 
 def against_truth(states):
-    """What a judge says, the truth, its share of the state and the truth's variance, (n,) each, for every state -> {"q", "advantage": correlations, "far", "gaps"}
+    """What a judge says, the truth, its share of the state and the truth's variance, (n,) each, for every state
+    -> {"q", "advantage": correlations, "far", "gaps"}
 
     far, and each of the gaps: (pairs, share in which the judge is right, how much better the one it prefers is); None where no pairs are.
     """
@@ -91,7 +95,8 @@ def main():
     add = parser.add_argument
     add("--run", default="runs/default", help="a run directory of train.py", metavar="DIR")
     add("--policy", type=int, default=0, help="whose actions: π_k", metavar="K")
-    add("--prm", action="append", help="a PRM of that policy's rollouts; may be given more than once (default: those of iteration k + 1)", metavar="DIR")
+    add("--prm", action="append", help="a PRM of that policy's rollouts; may be given more than once (default: those of iteration k + 1)",
+        metavar="DIR")
     add("--states", type=int, default=600, help="states, each of another episode")
     add("--rollouts", type=int, default=64, help="rollouts from each state")
     add("--least", type=int, default=4, help="rollouts that an action must have, to count")
@@ -127,7 +132,8 @@ def main():
         known = {**settings, "found": play_truth(policy, tokenizer, games, **{k: v for k, v in settings.items() if k != "policy"})}
         write_json(file, known)
     scores = {f"log π_{args.policy}(a | s)": lambda tree: tree.logprobs(policy, flags["rollout_temperature"]),
-              **{name: lambda tree, prm=prm: tree.scores(prm) if prm.config.head == "relative" else tree.scores(prm).sigmoid() for name, prm in prms.items()}}
+              **{name: lambda tree, prm=prm: tree.scores(prm) if prm.config.head == "relative" else tree.scores(prm).sigmoid()
+                 for name, prm in prms.items()}}
     percent, number = lambda x: "–" if x is None else f"{x:.0%}", lambda x: f"{'–':>6}" if x is None else f"{x:6.2f}"
     for n, (name, score) in enumerate(scores.items()):
         states = judged(score, known["found"], device, args.least)

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from checks import train_checks, wrong
+from checks import against_chance, against_policy, train_checks, wrong
+from common import key
+from env import AlfworldEnv
 from prm import bt_loss
 from tellings import expert_trajectories
-from tiny import tell, games, prior, random_model, tokenizer
+from tiny import tell, games, prior, random_model, taught, tokenizer
 from tokenizer import END
+from tree import propose
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,29 @@ def test_nothing_to_check_teaches_nothing(demonstrations, tmp_path):
     mistakes_only = [(t, np.zeros(len(t), bool)) for t, _ in demonstrations]
     prm, log = fit(mistakes_only, tmp_path / "state", 2)
     assert all(torch.equal(a, b) for a, b in zip(prm.parameters(), random_model(head="score", dim=64, scale=0.05).parameters()))
+
+
+def test_each_action_of_the_expert_meets_another_admissible_one():
+    by_id, rng = {game.id: game for game in games()}, np.random.default_rng(0)
+    for t, _ in expert_trajectories(games(), prior(), tokenizer(), demos=10, seed=0, mistakes=0.0, max_steps=20):
+        pairs, env = against_chance(t, tokenizer(), by_id[t.game], rng), AlfworldEnv()
+        commands = env.reset(by_id[t.game])[1]["admissible_commands"]
+        assert [k for k, _ in pairs] == list(range(len(t)))
+        for (_, other), (start, end) in zip(pairs, t.spans):
+            action = tokenizer().decode(t.ids[start:end])
+            assert tokenizer().decode(other) in commands and tokenizer().decode(other) != action and other[-1] == END
+            commands = env.step(action)[-1]["admissible_commands"]
+
+
+def test_against_the_policy_stands_whatever_else_it_proposes():
+    """At every state the texts of its proposals, without the expert's own, each once."""
+    tok, found = tokenizer(), 0
+    for t, _ in expert_trajectories(games(), prior(), tok, demos=5, seed=0, mistakes=0.0, max_steps=30):
+        pairs, own = against_policy(t, tok, taught(), 6, 3), list(tok.actions(t.ids))
+        assert pairs == sorted(pairs, key=lambda pair: pair[0])
+        words = [(k, tok.decode(action).strip()) for k, action in pairs]
+        assert len(set(words)) == len(words) and all(word != own[k] for k, word in words)
+        drawn = propose(taught(), [t.ids.astype(np.int64)], [(0, int(s)) for s in t.spans[:, 0]], 6, 1.0, (3, key(t.game), np.arange(len(t))))
+        assert set(words) == {(k, tok.decode(a).strip()) for k, some in enumerate(drawn) for a, _ in some} - set(enumerate(own))
+        found += len(pairs)
+    assert found

@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common import key
 from env import AlfworldEnv
 from expert import Expert, demonstrate, names, parse_task
-from sft import against_chance, against_policy, sft_loss, train_sft, train_tokenizer
+from sft import sft_loss, train_sft, train_tokenizer
 from sft import main as sft_main
 from tellings import demonstration, demonstration_tokens, expert_trajectories, glances, hinted, receptacle_types, searches, sparser, strayed, teller, tellings, without_hint
 from tiny import assert_refused, demonstrations, games, in_process, play, prior, random_model, taught, tokenizer
 from tokenizer import ACT, END, OBS, TASK, split_intro
-from tree import propose
 
 
 def test_the_experts_actions_are_taught_its_mistakes_and_the_prompt_are_not():
@@ -261,18 +259,6 @@ def test_demonstrations_are_stored_as_rollouts_with_the_mistakes_marked(context)
     assert not all(mask.all() for _, mask in stored) and (shorter > 0) == (context == 150)
 
 
-def test_each_action_of_the_expert_meets_another_admissible_one():
-    by_id, rng = {game.id: game for game in games()}, np.random.default_rng(0)
-    for t, _ in expert_trajectories(games(), prior(), tokenizer(), demos=10, seed=0, mistakes=0.0, max_steps=20):
-        pairs, env = against_chance(t, tokenizer(), by_id[t.game], rng), AlfworldEnv()
-        commands = env.reset(by_id[t.game])[1]["admissible_commands"]
-        assert [k for k, _ in pairs] == list(range(len(t)))
-        for (_, other), (start, end) in zip(pairs, t.spans):
-            action = tokenizer().decode(t.ids[start:end])
-            assert tokenizer().decode(other) in commands and tokenizer().decode(other) != action and other[-1] == END
-            commands = env.step(action)[-1]["admissible_commands"]
-
-
 def test_a_noisy_demonstrator_acts_at_random_and_is_believed():
     """At noise 1 all is random, in between a share; unlike mistakes it is taught, and always admissible."""
     env, differ = AlfworldEnv(30), {}
@@ -320,20 +306,6 @@ def test_a_share_of_the_lessons_names_a_strategy():
     told = lambda steer: tellings(games(), prior(), tokenizer(), range(60), demos=30, seed=0, mistakes=0.1, obs_weight=0.3, max_steps=20, steer=steer)
     share = lambda lessons: np.mean(["Look at a" in tokenizer().decode(ids) for ids, _ in lessons])
     assert share(told(0.0)) == 0 and 0.3 < share(told(0.5)) < 0.7 and share(told(1.0)) == 1
-
-
-def test_against_the_policy_stands_whatever_else_it_proposes():
-    """At every state the texts of its proposals, without the expert's own, each once."""
-    tok, found = tokenizer(), 0
-    for t, _ in expert_trajectories(games(), prior(), tok, demos=5, seed=0, mistakes=0.0, max_steps=30):
-        pairs, own = against_policy(t, tok, taught(), 6, 3), list(tok.actions(t.ids))
-        assert pairs == sorted(pairs, key=lambda pair: pair[0])
-        words = [(k, tok.decode(action).strip()) for k, action in pairs]
-        assert len(set(words)) == len(words) and all(word != own[k] for k, word in words)
-        drawn = propose(taught(), [t.ids.astype(np.int64)], [(0, int(s)) for s in t.spans[:, 0]], 6, 1.0, (3, key(t.game), np.arange(len(t))))
-        assert set(words) == {(k, tok.decode(a).strip()) for k, some in enumerate(drawn) for a, _ in some} - set(enumerate(own))
-        found += len(pairs)
-    assert found
 
 
 def test_a_curve_is_not_trained_twice_nor_continued_with_other_flags(tmp_path, monkeypatch, capsys):
