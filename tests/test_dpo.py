@@ -135,7 +135,7 @@ def test_a_pair_is_the_best_and_the_worst_of_the_distinct_proposals(tmp_path, mo
             0, policy_pass.token_branch, policy_pass.ids[policy_pass.token_row, policy_pass.token_place].float()).view(-1, 2)
         assert (pairs[:, 0] > pairs[:, 1]).all() and len(pairs) < len(totals) / 2  # more than two were scored at some states
         assert {*pairs.flatten().tolist()} <= {*totals.tolist()} and pairs.max() == totals.max() and pairs.min() == totals.min()
-    assert len(scored) == 3
+    assert len(scored) == 3 and len(shown) == 6
 
 
 def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Training can be interrupted anywhere, and Muon moves as torch's own does."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tiny import random_model, tokenizer
 STEPS = 40
 
 
-def train(state, stop_at=(), save_every=0.0, steps=STEPS):
+def train_toy(state, stop_at=(), save_every=0.0, steps=STEPS, averaged=0.0):
     """Predict the next of random tokens; interrupted before each of `stop_at` and continued, in fresh objects each time. -> weights, log"""
     stops, calls = list(stop_at), []
     while True:
@@ -32,14 +33,15 @@ def train(state, stop_at=(), save_every=0.0, steps=STEPS):
             return (None if step % 7 == 3 else loss), {"loss": (loss.detach(), 1), **({"sometimes": (step, 1)} if step % 3 == 0 else {})}
 
         try:
-            log = optimise(model, loss_of, steps, 3e-3, state, "test", save_every=save_every)
+            log = optimise(model, loss_of, steps, 3e-3, state, "test", save_every=save_every, averaged=averaged)
             return torch.cat([p.detach().flatten() for p in model.parameters()]), log, calls
         except KeyboardInterrupt:
             pass
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_training_interrupted_anywhere_equals_undisturbed_training(seed, tmp_path):
+@pytest.mark.parametrize("seed, averaged", ((0, 0.0), (1, 0.5), (2, 0.9)))
+def test_training_interrupted_anywhere_equals_undisturbed_training(seed, averaged, tmp_path):
+    train = partial(train_toy, averaged=averaged)
     weights, log, calls = train(tmp_path / "whole")
     assert calls == list(range(STEPS)) and len(log) == 20 and log[-1]["step"] == STEPS
     stops = sorted(np.random.default_rng(seed).choice(range(STEPS), 6, replace=False).tolist())
@@ -51,8 +53,8 @@ def test_training_interrupted_anywhere_equals_undisturbed_training(seed, tmp_pat
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):
-    first, log, _ = train(tmp_path / "state")
-    second, log_second, calls = train(tmp_path / "state")
+    first, log, _ = train_toy(tmp_path / "state")
+    second, log_second, calls = train_toy(tmp_path / "state")
     assert torch.equal(first, second) and log == log_second and not calls
 
 

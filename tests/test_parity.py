@@ -249,29 +249,41 @@ def not_in_a_bathtub(game):
         yield [*fetch(game, o, r), "go to bathtubbasin 1", f"clean {game.names[o]} with bathtubbasin 1", *treat(game, o, "clean")]
 
 
-TRAPS = {
-    in_two_receptacles: r"You pick up the (.*) from the (.*)\.(?s:.*)You arrive at .* \1.*(?s:.*)You pick up the \1 from the (?!\2\.)",
-    listed_twice: r"Next to it, you see a (\w+ \d+), and a \1\.",
-    believed_elsewhere: r"> slice .*\nNothing happens\.(?s:.*)You sliced",
-    holds_something: r"This is a normal .*, you see a (?s:.*)You (clean|heat)",
-    holds_itself: r"This is a normal .*, you see nothing",
-    cool_at_the_start: r"This is a cold (?s:.*)You heat",
-    sliced_and_treated: r"cool sliced(?s:.*)hot sliced(?s:.*)hot and clean sliced(?s:.*)cool and clean sliced",
-    clean_first: r"This is a clean (?s:.*)This is a hot and clean (?s:.*)This is a cool and clean ",
-    lamp_behind_a_door: r"is closed\.\n.*\nYou turn on",
-    lamp_in_hand: r"There's nothing special(?s:.*)This .* is on\.",
-    won_and_lost_again: r"\[won\](?s:.*)\[lost\](?s:.*)\[won\]",
-    a_thing_without_a_type: r"> use egg",
-    not_in_a_bathtub: r"> clean .* with bathtubbasin 1\nNothing happens\.(?s:.*)You clean",
+TRAPS = {  # what the transcript shows, a game (published, or an odd one) and which of its scripts steps into it
+    in_two_receptacles: (r"You pick up the (.*) from the (.*)\.(?s:.*)You arrive at .* \1.*(?s:.*)You pick up the \1 from the (?!\2\.)",
+        "look_at_obj_in_light-AlarmClock-None-DeskLamp-323/trial_T20190909_044715_250790", 24),
+    listed_twice: (r"Next to it, you see a (\w+ \d+), and a \1\.",
+        "look_at_obj_in_light-Bowl-None-DeskLamp-301/trial_T20190909_150719_492274", 7),
+    believed_elsewhere: (r"> slice .*\nNothing happens\.(?s:.*)You sliced",
+        "pick_and_place_simple-Pan-None-CounterTop-8/trial_T20190908_105520_133293", 0),
+    holds_something: (r"This is a normal .*, you see a (?s:.*)You (clean|heat)",
+        "pick_and_place_simple-Knife-None-SideTable-3/trial_T20190918_184236_557252", 0),
+    holds_itself: (r"This is a normal .*, you see nothing",
+        "pick_clean_then_place_in_recep-Knife-None-Drawer-22/trial_T20190907_224751_540006", 0),
+    cool_at_the_start: (r"This is a cold (?s:.*)You heat",
+        "pick_and_place_simple-Tomato-None-Microwave-13/trial_T20190908_124829_632660", 0),
+    sliced_and_treated: (r"cool sliced(?s:.*)hot sliced(?s:.*)hot and clean sliced(?s:.*)cool and clean sliced",
+        "pick_and_place_simple-Egg-None-Microwave-4/trial_T20190906_234406_356490", 0),
+    clean_first: (r"This is a clean (?s:.*)This is a hot and clean (?s:.*)This is a cool and clean ",
+        "pick_and_place_simple-Egg-None-Microwave-4/trial_T20190906_234406_356490", 3),
+    lamp_behind_a_door: (r"is closed\.\n.*\nYou turn on",
+        "pick_heat_then_place_in_recep-Potato-None-Fridge-29/trial_G_valid_seen_0_000000", 2),
+    lamp_in_hand: (r"There's nothing special(?s:.*)This .* is on\.",
+        "pick_heat_then_place_in_recep-Potato-None-Fridge-29/trial_G_valid_seen_0_000000", 0),
+    won_and_lost_again: (r"\[won\](?s:.*)\[lost\](?s:.*)\[won\]",
+        "look_at_obj_in_light-Bowl-None-DeskLamp-301/trial_T20190909_150719_492274", 0),
+    a_thing_without_a_type: (r"> use egg",
+        "pick_cool_then_place_in_recep-Apple-None-GarbageCan-19/trial_T20190908_121626_855247", 0),
+    not_in_a_bathtub: (r"> clean .* with bathtubbasin 1\nNothing happens\.(?s:.*)You clean",
+        "pick_and_place_simple-Candle-None-Cart-401/trial_T20190909_081908_677973", 0),
 }
 
 
 def transcript(game, script):
-    """What our world answers."""
-    env, lines, won = AlfworldEnv(), [], False
-    env.reset(game)
+    """What both worlds answer."""
+    both, lines, won = Both(game), [], False
     for command in script:
-        observation, _, now, _, _ = env.step(command)
+        observation, _, now = both.step(command)
         lines += [f"> {command}", observation] + ["[won]"] * (now and not won) + ["[lost]"] * (won and not now)
         won = now
     return "\n".join(lines)
@@ -315,15 +327,13 @@ def test_an_odd_game(odd, i):
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 def test_a_trap(games, odd, trap):
-    for path in [*games, *odd]:
-        game = Game.load(path)
-        for script in trap(game):
-            if re.search(TRAPS[trap], transcript(game, script)):
-                both = Both(game)
-                for command in script:
-                    both.step(command)
-                return
-    pytest.skip("no game has it")
+    """The script is named beforehand, and not looked for with the world that is tested: a bug would hide the games it is about."""
+    shows, id_, number = TRAPS[trap]
+    path = next((path for path in [*games, *odd] if str(path).endswith(f"{id_}/game.tw-pddl")), None)
+    if path is None and not find_data():
+        pytest.skip("no published games")
+    game = Game.load(path)
+    assert re.search(shows, transcript(game, list(trap(game))[number]))
 
 
 def test_won_before_the_first_step(stock, tmp_path):

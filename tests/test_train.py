@@ -22,25 +22,11 @@ from report import read_run
 from runs import Run, load_games, settle_flags
 from sft import main as sft_main
 from shards import load_trajectories, play_shards, rollouts_in, save_trajectories
-from tiny import ROOT, TINY, assert_refused, command, in_process, taught, tokenizer
+from tiny import ROOT, TINY, assert_refused, capture, command, copy_of, in_process, read, same, taught, tokenizer
 from tokenizer import ACT, split_intro
 from train import main as train_main
 from train import held_out, stored_rollouts
 from tree import Tree
-
-
-def read(file):
-    return json.loads(file.read_text())
-
-
-def copy_of(run, tmp_path, *flags):
-    """A copy of the finished run, to be spoiled; its config.json says how to continue it, with other flags if any."""
-    folder = tmp_path / "run"
-    shutil.copytree(run[0], folder)
-    words = [*TINY, *flags, "--out", str(folder)]
-    config = read(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"flags": vars(parse_flags(words)), "words": words}))
-    return folder
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------------------
@@ -143,28 +129,6 @@ def test_flags_reach_their_stage(run, tmp_path):
     assert read(tmp_path / "init/iter0/sft.json")["log"] == []
     trajectories = [t for file in sorted((tmp_path / "init/iter1/rollouts").iterdir()) for t in load_trajectories(file)]
     assert {t.seed for t in trajectories} != {0} and any(t.inadmissible.mean() < 1 for t in trajectories)
-
-
-class Captured(Exception):
-    """Carries the arguments of a call out of a stage."""
-
-
-def capture(monkeypatch, folder, stage, function):
-    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position, then those by name"""
-    (folder / f"{stage}.json").unlink()
-
-    def stop(*positions, **names):
-        raise Captured((*positions, names))
-
-    monkeypatch.setattr(f"train.{function}", stop)
-    monkeypatch.setattr("sys.argv", ["train.py", *read(folder / "config.json")["words"]])
-    with pytest.raises(Captured) as caught:
-        train_main()
-    return caught.value.args[0]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 @pytest.mark.parametrize("ref", ("prev", "init"))

@@ -1,6 +1,8 @@
 """What the tests share: a few generated games, a tokenizer, tiny models and their rollouts; each made once."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,16 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 import tellings
 from common import command_line
 from expert import fit_prior
+from flags import parse_flags
 from games import generated_split
 from model import Config, Transformer
 from rollout import MAX_ACTION, rollout
 from sft import train_sft, train_tokenizer
 from tokenizer import END
+from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--checks", "2", "--check-batch", "8", "--rollouts", "24", "--min-games", "6", "--shard", "12",
@@ -145,3 +150,39 @@ def in_process(main, words, monkeypatch, capsys):
     except SystemExit as left:
         code = left.code
     return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def copy_of(run, tmp_path, *flags):
+    """A copy of the finished run, to be spoiled; its config.json says how to continue it, with other flags if any."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    words = [*TINY, *flags, "--out", str(folder)]
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"flags": vars(parse_flags(words)), "words": words}))
+    return folder
+
+
+class Captured(Exception):
+    """Carries the arguments of a call out of a stage."""
+
+
+def capture(monkeypatch, folder, stage, function):
+    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position, then those by name"""
+    (folder / f"{stage}.json").unlink()
+
+    def stop(*positions, **names):
+        raise Captured((*positions, names))
+
+    monkeypatch.setattr(f"train.{function}", stop)
+    monkeypatch.setattr("sys.argv", ["train.py", *read(folder / "config.json")["words"]])
+    with pytest.raises(Captured) as caught:
+        train_main()
+    return caught.value.args[0]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
