@@ -18,6 +18,7 @@ from rollout import FROM_DEMONSTRATION
 from sft import sft_loss
 from tiny import tell, expert_trajectories, played, random_model, some_branches, taught, tokenizer
 from tokenizer import END, PAD
+from test_tree import separate
 from tree import Tree, propose
 
 
@@ -136,6 +137,39 @@ def test_a_pair_is_the_best_and_the_worst_of_the_distinct_proposals(tmp_path, mo
         assert (pairs[:, 0] > pairs[:, 1]).all() and len(pairs) < len(totals) / 2  # more than two were scored at some states
         assert {*pairs.flatten().tolist()} <= {*totals.tolist()} and pairs.max() == totals.max() and pairs.min() == totals.min()
     assert len(scored) == 3 and len(shown) == 6
+
+
+def test_the_loss_of_an_update_written_out(monkeypatch):
+    """Pairs weigh as many states as they stand for, of trajectories of different length, beside what is imitated; all at the temperature that is asked for."""
+    told, trees, rng = [], [], np.random.default_rng(0)
+    monkeypatch.setattr(dpo, "Tree", lambda ids, branches, *a, **named: trees.append((ids, branches, named)) or Tree(ids, branches, *a, **named))
+    monkeypatch.setattr(dpo, "optimise", lambda policy, loss_of, *_, **__: loss_of(0))
+    trajectories = [t for t in expert_trajectories() if 2 <= len(t) <= 12][:6]
+    weigh = lambda some: [rng.random(len(t.ids)).astype(np.float32) for t in some]
+    worth = {}
+    keep = lambda some: [worth.setdefault(id(t), w) for t, w in zip(some, weigh(some))]
+    policy, reference = copy.deepcopy(taught()), copy.deepcopy(taught())
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    loss, _ = online_dpo(policy, reference, begins_with("go to"), tokenizer(), trajectories, lambda ids, game, rng: told.append(ids) or ids,
+                         pairs=18, beta=0.4, lr=1.0, temperature=0.5, proposals=4, trunks=6, states_per_trunk=3, imitate=1.7, weigh=keep, seed=2, state=None)
+    ids, branches, named = next(tree for tree in trees[1:] if "whole" not in tree[2])  # the first is what was scored
+    assert len(branches) >= 4 and len({len(t) for t in trajectories}) > 2
+    picked = [next(t for t in trajectories if np.array_equal(t.ids, one)) for one in told]
+    with torch.no_grad():
+        pi, ref = (separate(model, ids, branches, 0.5).view(-1, 2) for model in (policy, reference))
+    losses = -torch.nn.functional.logsigmoid(0.4 * ((pi - ref)[:, 0] - (pi - ref)[:, 1]))
+    lengths = np.array([len(t) for t in picked])
+    stands_for = np.array([lengths[b] / min(lengths[b], 3) for b, *_ in branches[::2]])
+    expected = float((torch.from_numpy(stands_for) * losses).sum()) / lengths.sum()
+    weighed, total = 0.0, 0.0
+    for t in picked:
+        with torch.no_grad():
+            logp = policy.logits(policy(torch.from_numpy(t.ids.astype(np.int64))[None])[0]).log_softmax(-1)
+        weighed -= sum(float(worth[id(t)][n]) * float(logp[n - 1, t.ids[n]]) for n in range(1, len(t.ids)))
+        total += float(worth[id(t)][1:].sum())
+    assert expected > 0.05 and float(loss) == pytest.approx(expected + 1.7 * weighed / total, rel=1e-3)
 
 
 def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+import optim
+from checks import train_checks
 from common import generator
+from dpo import online_dpo
+from inverse_prm import Ends, train_inverse_prm
 from optim import Muon, optimise, orthogonalised
-from tiny import random_model, tokenizer
+from prm import actions_of, fit_labels, states_of, train_prm
+from sft import train_sft
+from tiny import demonstrations, games, played, prior, random_model, taught, tell, tokenizer
 
 
 # --- one training loop -------------------------------------------------------------------------------------------------------------
@@ -50,6 +56,54 @@ def test_training_interrupted_anywhere_equals_undisturbed_training(seed, average
     assert calls == list(range(STEPS))  # nothing done twice, as it was saved after every step
     lost, log_lost, calls = train(tmp_path / "lost", stops, save_every=1e9)  # nothing was ever saved
     assert torch.equal(weights, lost) and log_lost == log and len(calls) > STEPS
+
+
+def sft(model, state):
+    train_sft(model, tokenizer(), games(), prior(), demos=8, updates=5, glanced=4, searched=1, lr=1e-3, batch=4, seed=0, state=state, mistakes=0.1, obs_weight=0.3, max_steps=8,
+              exchange=0.5, detours=0.5, sparse=0.5)
+
+
+def checks(model, state):
+    train_checks(model, tokenizer(), demonstrations(), tell(), updates=5, lr=1e-3, batch=4, seed=0, state=state)
+
+
+def lessons(model, state):
+    labels = [(np.linspace(0.2, 0.9, len(t)).astype(np.float32), np.ones(len(t), np.float32)) for t in played()]
+    train_prm(model, played(), fit_labels(labels, actions_of(played())), tell(), epochs=0.5, lr=1e-3, batch=4, seed=0, state=state, value=fit_labels(labels, states_of(played())), obs_weight=0.5)
+
+
+def inverse(model, state):
+    train_inverse_prm(model, taught(), demonstrations(), played(), tell(), Ends(0.9), updates=5, lr=1e-3, batch=4, temperature=1.0, seed=0, state=state)
+
+
+def preferences(model, state):
+    by_length = lambda tree: torch.zeros(len(tree.end)).index_add(0, tree.token_branch, torch.ones(len(tree.token_branch)))
+    online_dpo(model, taught(), by_length, tokenizer(), played(), tell(), pairs=60, beta=0.1, lr=1e-3, temperature=1.0, trunks=4, states_per_trunk=3, imitate=1.0,
+               weigh=lambda some: [np.ones(len(t.ids), np.float32) for t in some], seed=0, state=state)
+
+
+@pytest.mark.parametrize("training", (sft, checks, lessons, inverse, preferences), ids=lambda training: training.__name__)
+def test_every_training_of_the_method_can_be_interrupted(training, tmp_path, monkeypatch):
+    """Killed as it is saved for the third time, after every update, and gone on with: the weights are those of an undisturbed one."""
+    start = lambda: copy.deepcopy(taught()) if training in (sft, preferences) else taught().with_score_head()
+    whole = start()
+    training(whole, tmp_path / "whole")
+    monkeypatch.setattr("optim.optimise.__kwdefaults__", {**optimise.__kwdefaults__, "save_every": 0.0})
+    saves, save = [], optim._save_state
+
+    def interrupted(*a):
+        save(*a)
+        saves.append(1)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("optim._save_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training(start(), tmp_path / "killed")
+    again = start()
+    training(again, tmp_path / "killed")
+    assert len(saves) > 4 and all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), start().parameters()))
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):
