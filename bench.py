@@ -152,8 +152,8 @@ def memory(load, paths):
 def peak(code, files):
     """Peak MB of a fresh Python process that runs `code` with the files on stdin."""
     tell = "; print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"  # in KB
-    run = subprocess.run([sys.executable, "-c", code + tell], input="\n".join(map(str, files)), capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", code + tell], input="\n".join(str(Path(file).resolve()) for file in files),
+                         capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     return int(run.stdout) / 1e3
 
 
@@ -196,7 +196,6 @@ def main():
     parser.add_argument("--data", metavar="DIR",
                         help="folder with json_2.1.1 (default: $ALFWORLD_DATA or ~/.cache/alfworld, else games are generated)")
     parser.add_argument("--policy", metavar="DIR", help="a trained policy, for all parts but env")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of both sides, for all parts but env")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     gc.collect()

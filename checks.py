@@ -102,7 +102,8 @@ def against_policy(trajectory, tokenizer, policy, proposals, seed):
 
 
 def expert_preferred(prm, policy, tokenizer, train, dev, *, seed, max_steps, context):
-    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance; one that `policy`, π_{i−1}, proposes.
+    """How often the PRM holds an expert's action for better than another, on dev games: an admissible one drawn by chance;
+    one that `policy`, π_{i−1}, proposes.
 
     `by_gap`: the latter of pairs whose scores are further apart than that, and how many they are: about what --min-gap leaves to stage 3.
     """

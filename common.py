@@ -82,6 +82,20 @@ def command_line(main, interrupted="interrupted"):
         raise SystemExit(_fail(interrupted, 130)) from None
 
 
+def check_writable(path):
+    """OSError, before hours of work, where a file cannot be written in the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    temporary.unlink()
+
+
+def a_seed(text):
+    """The type of --seed."""
+    return between(0, 2 ** 31, int)(text)
+
+
 def _fail(text, code=2):
     print("\n".join(text.splitlines()[:1]), file=os.sys.stderr)
     return code
@@ -94,8 +108,8 @@ def set_up_torch(threads=None):
     """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: must be at least 1")
-    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or (max(1, cores // processes) if processes > 1 else int(os.environ.get("OMP_NUM_THREADS", cores))))
+    cores, processes, asked = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(threads or (max(1, cores // processes) if processes > 1 else int(asked) if asked.isdecimal() and int(asked) else cores))
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never serve a large block by mmap

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import RESUMED, Parser, UserError, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
+from common import RESUMED, Parser, UserError, a_seed, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
 from eval import evaluate_policy, judge_best_episodes, paired_bootstrap, play
 from games import games_of_run
 from rollout import rollout, slots_for
@@ -55,8 +55,9 @@ def over_episodes(rows, run, pairs, numbers, games, device, options):
         missing = [(i, n) for j, i in pairs for n in numbers if j == k and not find(rows, k, i, "episodes", n)]
         if missing:
             policy, tokenizer = read_model(run / f"iter{k}/policy", device)
+            prms = {i: read_prm(run / f"iter{i}/prm", tokenizer, device) for i in {i for i, _ in missing}}  # before playing, to tell what cannot
             played = play(lambda todo: rollout(policy, tokenizer, todo, **options), games, max(numbers), f"π_{k}, {max(numbers)} episodes a game")
-            q = {i: last_scores(read_prm(run / f"iter{i}/prm", tokenizer, device), played) for i in {i for i, _ in missing}}
+            q = {i: last_scores(prm, played) for i, prm in prms.items()}
         for i, n in missing:
             whole = [x for x, t in enumerate(played) if t.episode < max(numbers) // n * n]  # those that make up groups of n
             if not find(rows, k, i, "episodes", n):
@@ -94,21 +95,22 @@ def main():
     add("--data", help="folder that holds json_2.1.1 (default: the run's)", metavar="DIR")
     add("--temperature", type=a_temperature, help="sampling temperature (default: that of the run's evaluation)", metavar="X")
     add("--episodes-per-game", type=int, default=1, help="episodes a game, over actions", metavar="N")
-    add("--seed", type=int, default=0, help="names all randomness")
+    add("--seed", type=a_seed, default=0, help="names all randomness")
+    add("--threads", type=int, help="CPU threads (default: all cores)", metavar="N")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--json", help="the results so far, to be added to (default: curves-SPLIT.json in the run)", metavar="FILE")
     args = parser.parse_args()
     run, asked = Path(args.run), {"actions": args.best_of, "episodes": args.best_of_episodes}
     if not any(asked.values()):
         asked["actions"] = [1, 2, 4, 8, 16, 32, 64]
-    if 0 in asked["actions"] + asked["episodes"] or args.episodes_per_game < 1 or args.seed < 0:
-        raise UserError("--best-of, --best-of-episodes and --episodes-per-game are at least 1, --seed at least 0")
+    if 0 in asked["actions"] + asked["episodes"] or args.episodes_per_game < 1:
+        raise UserError("--best-of, --best-of-episodes and --episodes-per-game are at least 1")
     if not (run / "data.json").exists():
         raise UserError(f"{run}: no run of train.py there (data.json is missing)")
     pairs = pairs_of_run(run, args.policies)
     if not pairs:
         raise UserError(f"{run}: no policy with a PRM" + f" among π_{args.policies}" * bool(args.policies))
-    set_up_torch()
+    set_up_torch(args.threads)
     device, flags = pick_device(args.device), read_json(run / "config.json")["flags"]
     games, source = games_of_run(run, args.split, args.data)
     temperature = flags["eval_temperature"] if args.temperature is None else args.temperature
@@ -117,6 +119,8 @@ def main():
                 "episodes_per_game": args.episodes_per_game, **options}
     file = Path(args.json or run / f"curves-{args.split}.json")
     result = read_json(file) if file.exists() else {**settings, "rows": []}
+    if not isinstance(result, dict):
+        raise UserError(f"{file} holds no results of curves.py: name another --json")
     differ = [f"{name} {result.get(name)} -> {value}" for name, value in settings.items() if result.get(name) != value]
     if differ:
         raise UserError(f"{file} holds other results ({'; '.join(differ)}): name another --json")

@@ -79,6 +79,12 @@ class Info(dict):
 
     __slots__ = ("env", "moment")
 
+    def __contains__(self, key):
+        return key == "admissible_commands" or super().__contains__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
     def __missing__(self, key):
         if key != "admissible_commands":
             raise KeyError(key)

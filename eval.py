@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import Parser, UserError, a_temperature, command_line, generator, pick_device, read_model, set_up_torch, write_json
+from common import (Parser, UserError, a_seed, a_temperature, check_writable, command_line, generator, pick_device, read_json, read_model,
+                    set_up_torch, write_json)
 from env import TASK_TYPES, AlfworldEnv
 from expert import Expert, demonstrate, fit_prior
-from games import COMPLETE, game_flags, games_for, games_of_run, split_dev, write_games
+from flags import origin
+from games import COMPLETE, game_flags, games_as, games_for, split_dev, write_games
 from generate import generate
 from play import PROPOSED_AT, narrated, play_by_hand, told
 from prm import score, sigmoid
@@ -151,6 +153,15 @@ def remarks(result):
     return lines
 
 
+def earlier(file, games):
+    """The episodes of an earlier result of --json; UserError where that is no result on these games."""
+    before = read_json(file)
+    episodes = before.get("episodes") if isinstance(before, dict) else None
+    if not isinstance(episodes, list) or {e["game"] for e in episodes} != {game.id for game in games}:
+        raise UserError(f"--against {file}: no result of eval.py --json on the same games")
+    return episodes
+
+
 def keep_by_expand(text):
     """"4x8" -> (4, 8)"""
     parts = text.lower().split("x")
@@ -179,6 +190,10 @@ def check(args):
         raise UserError(f"{searches[0]} needs --prm DIR")
     if args.json and Path(args.json).is_dir():
         raise UserError(f"--json {args.json}: is a folder; name a file")
+    if args.agent != "policy" and (args.admissible or args.prm or args.policy):
+        raise UserError("--policy, --prm and --admissible are for --agent policy")
+    if not args.temperature and searches:
+        raise UserError(f"{searches[0]} with --temperature 0: all samples would be the same")
     if args.admissible and (args.best_of > 1 or args.beam):
         raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
     if args.engine == "both" and (args.watch or args.agent == "human"):
@@ -187,9 +202,9 @@ def check(args):
         raise UserError("--beam needs a world that can be set back: --engine fast")
     if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps,
             *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
-            or min(args.seed, args.lookahead) < 0):
+            or args.lookahead < 0):
         raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
-                        "--lookahead and --seed at least 0")
+                        "--lookahead at least 0")
 
 
 def searched(args):
@@ -228,10 +243,13 @@ def parse():
     add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast",
         choices=("fast", "alfworld", "both"))
     run = parser.add_argument_group("run")
-    add(run, "--seed", "names all randomness", type=int, default=0)
+    add(run, "--seed", "names all randomness", type=a_seed, default=0)
+    add(run, "--threads", "CPU threads (default: all cores)", type=int, metavar="N")
     add(run, "--slots", "episodes in flight at once (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
     add(run, "--device", "auto, cpu or cuda", default="auto")
     add(run, "--json", "write the result there", metavar="FILE")
+    add(run, "--against", "a result of --json on the same games: print the gain over it, with its 95 %% interval (paired bootstrap over games)",
+        metavar="FILE")
     args = parser.parse_args()
     check(args)
     return args
@@ -239,9 +257,11 @@ def parse():
 
 def chosen_games(args):
     """-> games, where they come from, and the folder that holds them if they had to be written for alfworld's engine (None: they had not)"""
-    run, stock = Path(args.policy or "", "../.."), args.engine != "fast"
-    if args.split == "dev" and args.policy and (run / "data.json").exists():
-        games, source = games_of_run(run, "dev", args.data)  # what this policy was not trained on
+    (flags, theirs), stock = origin(args.policy) if args.policy else ({}, {}), args.engine != "fast"
+    if args.split == "dev" and flags and "train" in theirs:
+        if args.games != "auto" or args.n_generated:
+            raise UserError("--games, --n-generated: dev is what the policy's run held out of its own games; leave them out")
+        games, source = games_as(flags, theirs["train"], "dev", args.data, args.policy)  # what this policy was not trained on
         if stock and games[0].path is None:
             raise UserError(f"--engine {args.engine}: generated games that a run held out are not written for it; another --split")
     else:
@@ -281,9 +301,10 @@ def evaluation(args, games, policy=None, tokenizer=None, prm=None):
 def main():
     args = parse()
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before playing
-    set_up_torch()
+        check_writable(args.json)
+    set_up_torch(args.threads)
     games, source, folder = chosen_games(args)  # the folder lives as long as its name here
+    before = earlier(args.against, games) if args.against else None
     worlds = {"fast": [AlfworldEnv], "alfworld": [StockAlfworldEnv], "both": [AlfworldEnv, StockAlfworldEnv]}[args.engine]
     if args.engine != "fast":
         args.slots = min(args.slots or 8, 8)
@@ -319,6 +340,8 @@ def main():
     print(f"agent {args.agent}{searched(args)}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
           f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
     print(*table(result), *remarks(result), sep="\n")
+    if before:
+        print("gain over {}: {:+.1f} points ({:+.1f} … {:+.1f})".format(args.against, *(100 * x for x in paired_bootstrap(before, result["episodes"]))))
     if args.json:
         write_json(args.json, result)
     return 0

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ def draw(path, curves, titles, x, what):
         print("no figure: matplotlib is not installed (requirements-dev.txt)", file=sys.stderr)
         return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for colour, (name, (xs, *series)) in zip(COLOURS[1:], curves.items()):
+    for colour, (name, (xs, *series)) in zip(cycle(COLOURS[1:]), curves.items()):
         for axis, ys in zip(axes, series):
             axis.plot(xs, ys, marker="o", color=colour, label=name)
     for axis, title in zip(axes, titles):
@@ -329,6 +330,10 @@ def main():
     args = parser.parse_args()
     args.out = args.out or Path("runs/experiments" + "-paper" * (args.baseline == "paper"))
     args.flags = args.flags or ""
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        raise UserError(f"--flags {args.flags}: {error}") from None
     unknown = [name for name in args.names if name not in {**ABLATIONS, **FIRST}]
     if unknown:
         raise UserError(f"{unknown[0]}: no such experiment; python experiments.py lists them")
@@ -337,7 +342,8 @@ def main():
     set_up_torch()
     if not args.names:
         for name, flags in ABLATIONS.items():
-            print(f"{name:18} train.py --iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]} {flags}")
+            print(f"{name:18} train.py --iters 1 --rollouts {args.rollouts} {BASELINES[args.baseline]}",
+                  flags.format(home=args.out / str(args.seeds[0])))
         for name, experiment in FIRST.items():
             print(f"{name:18} {experiment.__doc__.splitlines()[0]}")
     rows = []

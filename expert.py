@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import Parser, command_line
+from common import Parser, a_seed, command_line
 from env import NOTHING_HAPPENS, AlfworldEnv
 from games import game_flags, games_for, split_dev
 
@@ -338,10 +338,10 @@ def main():
     parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
     parser.add_argument("--mistakes", type=float, default=0.0, help="chance that a mistake is played instead of the expert's action")
     parser.add_argument("--order-noise", type=float, default=0.0, help="disturbance of the search order, in log units")
-    parser.add_argument("--seed", type=int, default=0, help="of mistakes and disturbances")
+    parser.add_argument("--seed", type=a_seed, default=0, help="of mistakes and disturbances")
     args = parser.parse_args()
-    if not 0 <= args.mistakes <= 1 or args.order_noise < 0 or args.max_steps < 1 or args.seed < 0:
-        parser.error("--mistakes is in [0, 1], --order-noise and --seed are at least 0, --max-steps at least 1")
+    if not (0 <= args.mistakes <= 1 and 0 <= args.order_noise <= 10) or args.max_steps < 1:
+        parser.error("--mistakes lies in 0 … 1, --order-noise in 0 … 10, --max-steps is at least 1")
     games, _ = games_for(args.games, args.data, args.split)
     prior = fit_prior(split_dev(games_for(args.games, args.data, "train")[0])[0])
     rng, env = np.random.default_rng(args.seed), AlfworldEnv()

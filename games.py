@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import Parser, command_line, read_json
+from common import Parser, a_seed, command_line, read_json
 from env import Game
 from generate import SPLITS, UNSEEN_ROOMS, DataError, generate, generated_split
 
@@ -127,15 +127,18 @@ def games_of_run(run, split, data=None):
 
     DataError where dev is asked for, and the train games at hand are not those of the run.
     """
-    flags, source = read_json(Path(run, "config.json"))["flags"], read_json(Path(run, "data.json"))["train"]
-    where = kind_of(source)
-    n = flags["n_generated"] // (1 if split in ("dev", "train") else 4)
-    games, found = games_for(where, data or flags["data"], "train" if split == "dev" else split, n)
+    return games_as(read_json(Path(run, "config.json"))["flags"], read_json(Path(run, "data.json"))["train"], split, data, run)
+
+
+def games_as(flags, source, split, data, run):
+    """`games_of_run`, by the run's flags (sft.py has fewer) and the words for its train games."""
+    n = flags.get("n_generated", COMPLETE["train"]) // (1 if split in ("dev", "train") else 4)
+    games, found = games_for(kind_of(source), data or flags["data"], "train" if split == "dev" else split, n)
     if split != "dev":
         return games, found
     if not same_games(found, source):
         raise DataError(f"{run} was trained on other games ({source}; now {found}): name theirs by --data")
-    dev = [game for game in split_dev(games, flags["dev_games"])[1] if game.task_type != flags.get("without")]
+    dev = [game for game in split_dev(games, flags.get("dev_games", 200))[1] if game.task_type != flags.get("without")]
     return dev, f"{len(dev)} games held out of {found}"
 
 
@@ -208,11 +211,13 @@ def main():
     add("--data", metavar="DIR", help="folder with json_2.1.1, or to --download to (default: $ALFWORLD_DATA, else alfworld's cache)")
     add("--split", default="train", choices=SPLITS, help="which games to generate")
     add("--n", type=int, default=1000, help="how many games to generate")
-    add("--seed", type=int, default=0, help="another seed, other games")
+    add("--seed", type=a_seed, default=0, help="another seed, other games")
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"--n {args.n}: must be at least 1")
     if args.out:
+        if args.split in splits_of(Path(args.out, "json_2.1.1")):
+            raise DataError(f"{args.out} has games of {args.split} already, which new ones would be mixed with: another --out")
         games = tqdm(generate(args.split, args.n, args.seed), f"write {args.split}", args.n, unit="game", disable=None)
         print(f"{write_games(games, args.out, args.split):,} games of {args.split} in {args.out}: use --data {args.out}")
         return

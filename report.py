@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from common import Parser, UserError, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_file
+from common import Parser, UserError, a_seed, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_file
 from eval import paired_bootstrap
 from figures import AGENT_PRM, STAGES, figures_of, percent, pi, shade, span, stage_of, svg, write_png
 from flags import parse_flags
@@ -48,11 +48,11 @@ def main():
     add("--data", help="folder that holds json_2.1.1 (default: the run's, else $ALFWORLD_DATA, else alfworld's cache)", metavar="DIR")
     add("--sft-curve", help="folder of sft.py --curve, to draw beside the run", metavar="DIR")
     add("--out", help="where the page goes (default: RUN/report)", metavar="DIR")
-    add("--seed", type=int, default=0, help="names all randomness")
+    add("--seed", type=a_seed, default=0, help="names all randomness")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if min(args.episodes, args.seed) < 0:
-        raise UserError("--episodes and --seed are at least 0")
+    if args.episodes < 0:
+        raise UserError("--episodes is at least 0")
     set_up_torch()
     run, out = read_run(args.run, args.sft_curve), Path(args.out or Path(args.run) / "report")
     if args.split not in run.splits:

@@ -17,6 +17,7 @@ import torch
 
 from common import UserError, pad, read_model
 from env import AlfworldEnv
+from flags import origin
 from model import Cache
 from prm import answer_tokens, score
 from rollout import MAX_ACTION, Row, act, action_logprobs, begin, branch, feed, fork, sample_actions, slots_for
@@ -31,11 +32,13 @@ def read_prm(folder, tokenizer, device, one_state=False):
 
     Best-of-N over actions compares at `one_state`; everything else here compares Q of different states, for which f must mean the
     same everywhere. A PRM trained on preferences between actions of one state (`--prm-loss bt`) has a constant of its own at every
-    state, that of InversePRM falls as an episode nears its end: they are refused.
+    state, that of InversePRM falls as an episode nears its end, and the labels of --shape-with are no values: they are refused.
     """
     prm, words = read_model(folder, device, "score")
     if prm.config.head == "relative" and not one_state:
         raise UserError(f"{folder} was trained to compare actions of one state (--prm-loss bt, --algo inverseprm): it is for --best-of alone")
+    if origin(folder)[0].get("shape_with") and not one_state:
+        raise UserError(f"{folder} was trained on shaped labels (--shape-with), which are no values: it is for --best-of alone")
     if words.tokens != tokenizer.tokens:
         raise UserError(f"{folder} has another vocabulary than the policy")
     return prm

@@ -11,7 +11,6 @@ Before that come glances: single turns of the same demonstrations in which nothi
 rooms gone through from place to place as listed, a step that is rare in whole episodes, and without which a policy may go where it has been.
 """
 
-import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +18,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import (RESUMED, Parser, UserError, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model,
+from common import (RESUMED, Parser, UserError, a_seed, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model,
                     set_up_torch, write_json)
 from env import AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior
-from games import COMPLETE, game_flags, games_for, split_dev
+from games import COMPLETE, game_flags, games_for, same_games, split_dev
 from model import Config, Transformer
 from names import shared_names
 from optim import optimise
@@ -129,7 +128,8 @@ def main():
     parser.add_argument("--own-names", action="store_true",
                         help="no part of the embedding is shared among the numbers of a name, and of a number among names")
     parser.add_argument("--obs-weight", type=between(0, 10), metavar="X", default=0.3, help="weight of observation tokens in the loss")
-    parser.add_argument("--seed", type=between(0, math.inf, int), metavar="N", default=0, help="names all randomness")
+    parser.add_argument("--seed", type=a_seed, default=0, help="names all randomness")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)", metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     try:
@@ -138,15 +138,18 @@ def main():
         raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
     if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or min(args.glances, args.searches) < 0:
         raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances and --searches at least 0")
-    set_up_torch()
+    set_up_torch(args.threads)
     device = pick_device(args.device)
     everything, train_source = games_for(args.games, args.data, "train", COMPLETE["train"])
     train, _ = split_dev(everything)
     test, source = games_for(args.games, args.data, args.split, COMPLETE["train"] if args.split == "dev" else 200)
     prior, rows = fit_prior(train), []
     tokenizer = train_tokenizer(train, prior, args.seed)
-    settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve", "device")})
-    write_json(Path(args.out, "data.json"), {"train": train_source})
+    settle_flags(Path(args.out), {name: value for name, value in vars(args).items() if name not in ("demos", "curve", "device", "threads")})
+    data = Path(args.out, "data.json")
+    if data.exists() and not same_games(read_json(data)["train"], train_source):
+        raise UserError(f"{args.out} has policies of other games ({read_json(data)['train']}; now {train_source}): another --out")
+    write_json(data, {"train": train_source})
     for demos in curve:
         folder = Path(args.out, f"{demos}")
         if not (folder / "eval.json").exists():
@@ -161,7 +164,8 @@ def main():
             write_json(folder / "eval.json", {"demos": demos, "split": args.split, "data": source, **result})
             (folder / "state.safetensors").unlink()
         rows.append(read_json(folder / "eval.json"))
-    write_json(Path(args.out, "curve.json"), [{k: r[k] for k in ("demos", "split", "success", "mean_actions", "inadmissible")} for r in rows])
+    everything = sorted((read_json(file) for file in Path(args.out).glob("*/eval.json")), key=lambda r: r["demos"])
+    write_json(Path(args.out, "curve.json"), [{k: r[k] for k in ("demos", "split", "success", "mean_actions", "inadmissible")} for r in everything])
     print(f"{source}, cap {args.max_steps}, temperature {args.temperature}, {args.episodes_per_game} episodes a game")
     print(f"{'demonstrations':>14}{'success':>10}{'actions':>10}{'inadmissible':>14}")
     for r in rows:

@@ -46,7 +46,8 @@ def play_shards(shards, folder, device, workers, **options):
             yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
         finally:
             for process in processes:
-                process.kill()
+                if process.pid:  # it was started
+                    process.kill()
     elif missing:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

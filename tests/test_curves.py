@@ -128,6 +128,7 @@ def test_an_interrupted_curve_goes_on_where_it_stopped(run, monkeypatch, capsys)
     (("--split", "nosuchsplit"), ("nosuchsplit",)),
     (("--json", "{run}/config.json/out.json"), ("config.json",)),
     (("--json", "{run}/data.json"), ("data.json", "other results", "--json")),
+    (("--seed", 10 ** 20), ("--seed",)),
 ))
 def test_mistakes_are_told_in_one_line(run, flags, parts, monkeypatch, capsys):
     assert_refused(in_process(main, ("--run", run, *(str(flag).format(run=run) for flag in flags)), monkeypatch, capsys), *parts)

@@ -145,6 +145,10 @@ def test_admissible_commands_are_computed_when_asked_for(some_games, monkeypatch
     _, first = env.reset(some_games[0])
     second = env.step("look")[4]
     assert not asked and second["admissible_commands"] is second["admissible_commands"] and len(asked) == 1
+    assert "admissible_commands" in first and "won" in first and "nothing" not in first and first.get("nothing", 7) == 7
+    third = env.step("look")[4]
+    assert third.get("admissible_commands") == third["admissible_commands"] and len(asked) == 2
+    second = env.step("look")[4]
     second["admissible_commands"].clear()  # the caller's own list
     assert env.step("look")[4]["admissible_commands"]
 

@@ -1,6 +1,7 @@
 """Evaluation: its sums by hand, its JSON contract, and the real command line with every agent."""
 
 import json
+import shutil
 from argparse import ArgumentTypeError
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from common import save_model
+from common import save_model, write_json
 from env import AlfworldEnv
 from eval import main as eval_main
 from eval import evaluate_beams, evaluate_best_episodes, evaluate_policy, evaluate_scripted
 from eval import judge_best_episodes, keep_by_expand, paired_bootstrap, summarise, table
+from games import generated_split, split_dev
 from search import best_episodes, best_of_n, last_scores, prediction_accuracy
 from tiny import assert_refused, command, games, in_process, play, played, prior, random_model, taught, tokenizer
 from tokenizer import Tokenizer
@@ -211,6 +213,43 @@ def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
     assert both["episodes"] == stock["episodes"] and both["equal_episodes"] == len(stock["episodes"])
 
 
+def test_a_result_against_an_earlier_one(folder, tmp_path, monkeypatch, capsys):
+    flags = ("--policy", folder / "policy", "--games", "generated", "--n-generated", 8, "--max-steps", 12, "--episodes-per-game", 2)
+    results = []
+    for temperature, more in ((0.3, ()), (1.0, ("--against", tmp_path / "0.3.json"))):
+        done = in_process(eval_main, (*flags, "--temperature", temperature, "--json", tmp_path / f"{temperature}.json", *more), monkeypatch, capsys)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / f"{temperature}.json").read_text())["episodes"])
+    gap, low, high = (100 * x for x in paired_bootstrap(*results))
+    assert f"{gap:+.1f} points ({low:+.1f} … {high:+.1f})" in done.stdout
+
+
+@pytest.mark.parametrize("where", ("iter0/policy", "best/policy"))
+def test_dev_is_what_the_policys_run_held_out_wherever_it_is_kept(folder, where, tmp_path, monkeypatch, capsys):
+    """By the run's config.json, or by what was kept beside the policy, whose folder may be elsewhere now."""
+    flags, data = {"n_generated": 40, "dev_games": 6, "data": None}, {"train": "40 generated games of train, seed 0, alfworld 0.4.2"}
+    shutil.copytree(folder / "policy", tmp_path / where)
+    if where.startswith("iter"):
+        write_json(tmp_path / "config.json", {"flags": flags})
+        write_json(tmp_path / "data.json", data)
+    else:
+        write_json(tmp_path / "best/run.json", {"flags": flags, "data": data})
+    words = ("--policy", tmp_path / where, "--split", "dev", "--max-steps", 1)
+    done = in_process(eval_main, (*words, "--json", tmp_path / "out.json"), monkeypatch, capsys)
+    assert done.returncode == 0, done.stderr
+    held_out = split_dev(generated_split("train", 40), 6)[1]
+    assert {e["game"] for e in json.loads((tmp_path / "out.json").read_text())["episodes"]} == {game.id for game in held_out}
+    assert_refused(in_process(eval_main, (*words, "--n-generated", 900), monkeypatch, capsys), "--n-generated", "held out")
+
+
+def test_a_prm_of_shaped_labels_is_for_actions_of_one_state(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "prm", tmp_path / "iter1/prm")
+    write_json(tmp_path / "config.json", {"flags": {"shape_with": "somewhere"}})
+    flags = ("--policy", folder / "policy", "--prm", tmp_path / "iter1/prm", "--games", "generated", "--n-generated", 2, "--max-steps", 1)
+    assert_refused(in_process(eval_main, (*flags, "--best-of-episodes", 2), monkeypatch, capsys), "shaped", "--best-of alone")
+    assert in_process(eval_main, (*flags, "--best-of", 2), monkeypatch, capsys).returncode == 0
+
+
 def test_where_the_engines_differ_it_says_so(folder, tmp_path, monkeypatch, capsys):
     class Stricter(AlfworldEnv):
         def __init__(self, max_steps):
@@ -253,6 +292,10 @@ def test_where_the_engines_differ_it_says_so(folder, tmp_path, monkeypatch, caps
     (("--agent", "random", "--temperature", "1e-300"), ("--temperature", "greedy")),
     (("--agent", "random", "--json", "{policy}"), ("--json", "folder")),
     (("--agent", "random", "--seed", -1), ("--seed",)),
+    (("--agent", "random", "--seed", 10 ** 20), ("--seed",)),
+    (("--agent", "random", "--admissible"), ("--admissible", "--agent policy")),
+    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--temperature", 0), ("--temperature 0", "--best-of")),
+    (("--agent", "random", "--max-steps", 1, "--against", "{policy}/config.json"), ("--against", "no result")),
     (("--policy", "{policy}", "--device", "tpu9"), ("tpu9",)),
     (("--agent", "random", "--no-such-flag"), ("--no-such-flag",)),
     (("--agent", "random", "--max-steps", 1, "--json", "{policy}/config.json/out.json"), ("config.json",)),

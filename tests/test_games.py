@@ -358,6 +358,8 @@ def test_command_line_writes_and_lists(tmp_path):
     assert result.returncode == 0 and "7 games of valid_unseen" in result.stdout
     found = games.load_split(games.find_data(tmp_path), "valid_unseen")
     assert {game.id for game in found} == {id_ for id_, _ in games.generate("valid_unseen", 7, 2)}
+    again = run("--out", tmp_path, "--n", 2, "--split", "valid_unseen")
+    assert again.returncode == 2 and "has games of valid_unseen already" in again.stderr
     for result in (run("--list", "--data", tmp_path), run("--list", ALFWORLD_DATA=str(tmp_path))):
         assert result.returncode == 0 and re.search(r"valid_unseen +7 games of 134", result.stdout)
 

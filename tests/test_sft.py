@@ -1,5 +1,6 @@
 """Supervised fine-tuning: what is taught is what the expert did, every demonstration is named by its number, and it is learned."""
 
+import json
 import re
 
 import numpy as np
@@ -319,6 +320,10 @@ def test_a_curve_is_not_trained_twice_nor_continued_with_other_flags(tmp_path, m
     assert told("--demos", "4", "--updates", "1").stdout.splitlines()[2] == first.stdout.splitlines()[2]
     assert (tmp_path / "4/policy/model.safetensors").stat().st_mtime_ns == trained
     assert_refused(told("--demos", "4", "--updates", "2"), "--updates 1 -> 2", "another --out")
+    assert told("--demos", "6", "--updates", "1").returncode == 0  # adds to the curve
+    assert [row["demos"] for row in json.loads((tmp_path / "curve.json").read_text())] == [4, 6, 8]
+    monkeypatch.setattr("sft.games_for", lambda *_: (games()[:12], "twelve others"))
+    assert_refused(told("--curve", "4,8", "--updates", "1"), "other games", "twelve others")
     for flag, value in (("--temperature", "-1"), ("--mistakes", "7"), ("--lr", "-1"), ("--seed", "-4"), ("--obs-weight", "nan"), ("--detours", "2"), ("--curve", "4,x"), ("--glances", "-1"), ("--searches", "-1")):
         assert_refused(told(flag, value), flag)
 

@@ -47,10 +47,21 @@ def test_one_who_knows_states_alone_has_no_advantage():
 
 
 def test_pairs_and_their_gain_written_out():
-    states = [(np.array([0.1, 0.5, 0.5]), np.array([0.6, 0.2, 0.6]), np.array([0.5, 0.25, 0.25]), np.array([0.01, 0.01, 0.03]))]
+    states = [(np.array([0.1, 0.5, 0.5]), np.array([0.6, 0.2, 0.6]), np.array([0.5, 0.25, 0.25]), np.array([0.005, 0.005, 0.015]))]
     found = against_truth(states)
-    assert found["actions"] == 3 and found["far"] == (1, 0.0, pytest.approx(-0.4))  # the other pair may be 0.4 apart by chance: 2 · √(0.01 + 0.03)
+    assert found["actions"] == 3 and found["far"] == (1, 0.0, pytest.approx(-0.4))  # the other pair may be 0.4 apart by chance: 3 · √(0.005 + 0.015)
     assert found["gaps"][0.2] == (1, 0.0, pytest.approx(-0.4))  # the other is truly no gap
+
+
+def test_actions_that_are_equally_good_are_seldom_far_apart():
+    """Rollouts by a coin, four and more an action: a pair of them is not told apart by four that all lost."""
+    rng, found = np.random.default_rng(0), []
+    for n in range(300):
+        counts = rng.multinomial(64, rng.dirichlet(np.ones(5)))
+        found.append({"game": "", "ids": [1], "actions": {str(k): {"ids": [2], "returns": (rng.random(c) < 0.3).astype(float).tolist()} for k, c in enumerate(counts) if c}})
+    states = judged(lambda tree: torch.zeros(len(tree.end)), found, "cpu", 4)
+    pairs = sum(len(q) * (len(q) - 1) // 2 for _, q, *_ in states)
+    assert pairs > 1000 and against_truth(states)["far"][0] < 0.01 * pairs
 
 
 @pytest.fixture
