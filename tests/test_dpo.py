@@ -169,7 +169,7 @@ def test_the_loss_of_an_update_written_out(monkeypatch):
             logp = policy.logits(policy(torch.from_numpy(t.ids.astype(np.int64))[None])[0]).log_softmax(-1)
         weighed -= sum(float(worth[id(t)][n]) * float(logp[n - 1, t.ids[n]]) for n in range(1, len(t.ids)))
         total += float(worth[id(t)][1:].sum())
-    assert expected > 0.05 and float(loss) == pytest.approx(expected + 1.7 * weighed / total, rel=1e-3)
+    assert expected > 0.05 and loss.item() == pytest.approx(expected + 1.7 * weighed / total, rel=1e-3)
 
 
 def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):
