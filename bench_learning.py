@@ -180,10 +180,8 @@ def bench_prm(args, row):
     trajectories = trajectories_of(policy, tokenizer, games, 64)
     table = q_table(trajectories, tokenizer, 0.95)
     labels = labels_of(trajectories, table)
-    first = np.isin(np.arange(len(table["pair"])), np.unique(table["pair"], return_index=True)[1])  # a sequence for each (s, a), not for each visit
-    once = [(t.ids[:end], q) for (t, (_, end), q), new in zip(((t, span, q) for t, (q_hat, _) in zip(trajectories, labels)
-                                                              for span, q in zip(t.spans, q_hat)), first) if new]
-    once.sort(key=lambda one: len(one[0]))
+    visits = [(t.ids[:end], q) for t, (q_hat, _) in zip(trajectories, labels) for (_, end), q in zip(t.spans, q_hat)]
+    once = sorted((visits[i] for i in np.unique(table["pair"], return_index=True)[1]), key=lambda one: len(one[0]))  # each (s, a), not each visit
     trajectories, labels = zip(*sorted(zip(trajectories, labels), key=lambda pair: len(pair[0].ids)))
     prm = policy.with_score_head()
     torch.nn.init.normal_(prm.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))

@@ -55,6 +55,9 @@ def between(low, high, kind=float):
     return number
 
 
+a_seed = between(0, 2 ** 31, int)  # the type of --seed
+
+
 def a_temperature(text):
     """The type of a flag: 0, greedy, or a temperature that a sample can be taken at."""
     x = float(text)
@@ -89,11 +92,6 @@ def check_writable(path):
     temporary = path.with_name(path.name + ".tmp")
     temporary.touch()
     temporary.unlink()
-
-
-def a_seed(text):
-    """The type of --seed."""
-    return between(0, 2 ** 31, int)(text)
 
 
 def _fail(text, code=2):
