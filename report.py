@@ -35,8 +35,9 @@ PUBLISHED = [*((f"AgentPRM {pi(i)}", p, UNSEEN + "3B parameters" + ", 70,000 rol
              ("InversePRM, one iteration", 0.828, UNSEEN + "3B, 10,000 demonstrations, no reward"),
              ("InversePRM, two iterations", 0.866, UNSEEN + "3B, 10,000 demonstrations, no reward"),
              ("GPT-4o", 0.649, UNSEEN + "prompted; 65.7 elsewhere"), ("LEAP, the paper's expert", 0.886, UNSEEN + "about 91 elsewhere"),
-             *((f"GiGPO, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv 2505.10978)")
-               for size, p in (("1.5B", 0.867), ("7B", 0.908)))]
+             *((f"{who}, {size}", p, f"valid_seen, cap 50; {size} parameters, no demonstrations (arXiv {source})") for who, size, p, source in (
+                 ("GiGPO", "1.5B", 0.867, "2505.10978"), ("GiGPO", "7B", 0.908, "2505.10978"),
+                 ("HGPO", "1.5B", 0.928, "2602.22817, second-hand"), ("HGPO", "7B", 0.954, "2602.22817, second-hand")))]
 
 
 def main():
