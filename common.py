@@ -99,6 +99,11 @@ def _fail(text, code=2):
     return code
 
 
+def changes(old, new, names):
+    """-> ["--name old -> new"] of the flags of those names that differ between two runs ({name: value})."""
+    return [f"--{name.replace('_', '-')} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
 def set_up_torch(threads=None):
     """Threads once, and glibc kept from returning every tensor over 32 MB to the system only to fault its pages in again.
 

@@ -5,7 +5,7 @@ import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-from common import Parser, UserError, a_temperature, read_json
+from common import Parser, UserError, a_temperature, changes, read_json
 from env import TASK_TYPES
 from games import COMPLETE, GAMES
 
@@ -244,15 +244,12 @@ def complaints_of_init(args, init, changed):
     if not Path(args.init, "config.json").exists():
         return [(True, f"--init {args.init}: no model there")]
     context = read_json(Path(args.init, "config.json")).get("max_position_embeddings", args.context)
-    unseen = lambda name, default: init and init.get(name, default) != getattr(args, name)
+    unseen = changes({"without": None, "dev_games": 200, **init}, vars(args), ("without", "dev_games")) if init else []  # sft.py has neither flag
     ignored = [flag for flag in (f"--{name.replace('_', '-')}" for name in OF_SFT)
                if changed(flag) and init.get(flag[2:].replace("-", "_")) != getattr(args, flag[2:].replace("-", "_"))]
     return [(args.steer and not init.get("steer"),
              f"--steer {args.steer}: {args.init} is no policy of a run with --steer, and has not learned to follow a strategy; leave --init out"),
-            *((unseen(name, default), f"--init {args.init}: its run had other {what}, so it has been trained on what is new here: "
-                                      f"--{name.replace('_', '-')} {init.get(name, default)} is {getattr(args, name)} now")
-              for name, default, what in (  # those of sft.py, which has no such flags
-                  ("without", None, "task types"), ("dev_games", 200, "dev games"))),
+            (unseen, f"--init {args.init}: it has been trained on what its run did not hold out and this one does ({'; '.join(unseen)})"),
             (args.context != context, f"--context {args.context}: the policy of --init {args.init} has {context}, give the same"),
             (ignored, f"--init {args.init}: its π_0 was not trained with this {', '.join(ignored)}, which would have no effect")]
 

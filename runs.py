@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import UserError, forget_peak_memory, peak_memory, pick_device, read_json, write_file, write_json
+from common import UserError, changes, forget_peak_memory, peak_memory, pick_device, read_json, write_file, write_json
 from eval import paired_bootstrap
 from games import DataError, games_for, same_games, split_dev
 from model import Config, Transformer
@@ -33,9 +33,7 @@ UNCOMPARED = ("out", "threads", "device", "data")  # flags that may differ when 
 def same_flags(path, flags, but=()):
     """UserError where the run in that folder was started with other flags, `but` for those named."""
     old = read_json(path / "config.json")["flags"]
-    differ = [f"--{k.replace('_', '-')} {old.get(k)} -> {flags.get(k)}" for k in sorted({*old, *flags} - {*UNCOMPARED, *but})
-              if old.get(k) != flags.get(k)]
-    if differ:
+    if differ := changes(old, flags, sorted({*old, *flags} - {*UNCOMPARED, *but})):
         raise UserError(f"{path} holds a run with other flags ({'; '.join(differ)}): give them as they were, or another --out")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import ranks
 from checks import check_loss, expert_preferred, train_checks
-from common import RESUMED, UserError, command_line, generator, key, read_json, read_model, save_model, set_up_torch
+from common import RESUMED, UserError, changes, command_line, generator, key, read_json, read_model, save_model, set_up_torch
 from credit import TOGETHER, imitated, judged_by, opinions, worth
 from detours import with_detour
 from dpo import as_it_was, online_dpo
@@ -75,8 +75,7 @@ def supervised(args, run, games):
             if not same_games(data.get("train", games.source), games.source):
                 raise UserError(f"--init {args.init}: its run had other games ({data['train']}; now {games.source}), "
                                 "so it may have been trained on what is held out here")
-            if differ := [f"--{name.replace('_', '-')} {theirs[name]} is {getattr(args, name)} now" for name in OF_DEMONSTRATIONS
-                          if theirs.get(name, getattr(args, name)) != getattr(args, name)]:
+            if differ := changes({**vars(args), **theirs}, vars(args), OF_DEMONSTRATIONS):
                 print(f"warning: demonstrations are made anew, and not those of --init ({'; '.join(differ)})", file=sys.stderr)
         else:
             prior = fit_prior(games.train)

@@ -500,12 +500,12 @@ def test_values_are_not_taken_from_a_prm_that_has_none(run, tmp_path, monkeypatc
 def test_a_policy_of_another_run_is_taken_only_where_it_fits(run, tmp_path, monkeypatch, capsys):
     folder = copy_of(run, tmp_path)
     start = lambda *more: in_process(train_main, [*of_init(), "--init", folder / "iter0/policy", "--out", tmp_path / "begun", *more], monkeypatch, capsys)
-    for more, parts in ((("--dev-games", 7), ("--dev-games 6 is 7 now",)), (("--context", 512), ("--context 512", "2048")), (("--steer", 0.5), ("--steer 0.5", "strategy")), (("--sparse", 0.3, "--sft-lr", 0.1), ("--sparse, --sft-lr", "no effect")),
+    for more, parts in ((("--dev-games", 7), ("--dev-games 6 -> 7",)), (("--context", 512), ("--context 512", "2048")), (("--steer", 0.5), ("--steer 0.5", "strategy")), (("--sparse", 0.3, "--sft-lr", 0.1), ("--sparse, --sft-lr", "no effect")),
                         (("--n-generated", 50), ("other games", "40 generated games", "50 generated games"))):
         assert_refused(start(*more), "--init", *parts)
         shutil.rmtree(tmp_path / "begun", ignore_errors=True)
     done = start("--iters", 0, "--seed", 1)
-    assert done.returncode == 0 and "not those of --init (--seed 0 is 1 now)" in done.stderr
+    assert done.returncode == 0 and "not those of --init (--seed 0 -> 1)" in done.stderr
     shutil.rmtree(folder)
     assert start("--iters", 0, "--seed", 1).returncode == 0  # it has a copy of its own
 
