@@ -253,7 +253,7 @@ def plain_logprobs(tree, model):
     """`Tree.logprobs` at temperature 1 without the mask of special tokens, which TRL does not have."""
     h = tree.hidden(model)
     logp = model.logits(h[tree.token_row, tree.token_before]).log_softmax(-1).gather(-1, tree.ids[tree.token_row, tree.token_place][:, None])[:, 0]
-    return logp.new_zeros(len(tree.end)).index_add(0, tree.token_branch, logp)
+    return logp.new_zeros(len(tree.branch_end)).index_add(0, tree.token_branch, logp)
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def check_loss(prm, tokenizer, demonstrations, tell, batch, rng):
     tree = Tree(texts, branches, prm.cos.device, whole=range(len(texts)))
     h = tree.hidden(prm)  # (B, S, D)
     ends = [np.array([end - 1 for _, end, _ in some], np.int64) for some in pairs]
-    f_better, f_worse = scores_at(prm, h, ends), prm.scores(h[tree.row, tree.end])
+    f_better, f_worse = scores_at(prm, h, ends), prm.scores(h[tree.branch_row, tree.branch_end])
     loss = bt_loss(f_better, f_worse).sum() / total
     return loss, {"loss": summed(loss.detach()), "accuracy": ((f_better > f_worse).sum(), len(branches))}
 
@@ -94,11 +94,10 @@ def against_chance(trajectory, tokenizer, game, rng):
 
 def against_policy(trajectory, tokenizer, policy, proposals, seed):
     """The same against what else a policy proposes there, where it reads otherwise."""
-    text = lambda action: tokenizer.decode(action).strip()
     states = [(0, int(start)) for start in trajectory.spans[:, 0]]
     drawn = propose(policy, [trajectory.ids.astype(np.int64)], states, proposals, 1.0, (seed, key(trajectory.game), np.arange(len(states))))
     return [(k, np.array(action)) for k, (some, own) in enumerate(zip(drawn, tokenizer.actions(trajectory.ids)))
-            for action, _ in distinct(some, tokenizer) if text(action) != own]
+            for action, _ in distinct(some, tokenizer) if tokenizer.command(action) != own]
 
 
 def expert_preferred(prm, policy, tokenizer, train, dev, *, seed, max_steps, context):

@@ -66,6 +66,13 @@ def a_temperature(text):
     return x
 
 
+def whole_numbers(text):
+    """"4,1,16" -> [1, 4, 16]"""
+    if not all(n.isdecimal() for n in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers with commas between them")
+    return sorted({int(n) for n in text.split(",")})
+
+
 RESUMED = "interrupted; the same command continues where it stopped"  # said by commands that keep their place
 
 
@@ -102,6 +109,12 @@ def _fail(text, code=2):
 def changes(old, new, names):
     """-> ["--name old -> new"] of the flags of those names that differ between two runs ({name: value})."""
     return [f"--{name.replace('_', '-')} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def same_settings(file, known, settings, advice):
+    """UserError, with advice, where what `file` holds, `known`, was made with other settings."""
+    if differ := [f"{name} {known.get(name)} -> {value}" for name, value in settings.items() if known.get(name) != value]:
+        raise UserError(f"{file} holds other results ({'; '.join(differ)}): {advice}")
 
 
 def set_up_torch(threads=None):
@@ -150,12 +163,22 @@ def end_with(parent):
 # --- files, written whole and renamed into place -----------------------------------------------------------------------
 
 def write_file(path, write):
-    """write(temporary path), then rename: a reader sees the old file or the whole new one."""
+    """write(temporary path), then rename: a reader sees the old file or the whole new one, after a power cut too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_disk(path):
+    """Wait until a file's bytes are on the disk: one renamed before that can be found empty after a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path, value):
@@ -205,6 +228,7 @@ def save_model(folder, model, tokenizer):
     tokenizer.save(temporary)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json"):
+        to_disk(temporary / name)
         os.replace(temporary / name, folder / name)
     temporary.rmdir()
 
@@ -232,7 +256,7 @@ def uniform(*keys):
 
 
 def generator(*keys):
-    """A numpy generator named by integers and texts."""
+    """A numpy generator named by integers and texts. A last 0 is no name: generator(s, "x") and generator(s, "x", 0) are the same."""
     return np.random.default_rng([key(k) if isinstance(k, str) else k for k in keys])
 
 

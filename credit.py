@@ -6,10 +6,9 @@ Several PRMs (`--ensemble`) judge together: their opinions are averaged, or the 
 import numpy as np
 import torch
 
-from inverse_prm import learned_rewards
+from inverse_prm import like_the_expert
 from prm import actions_of, score, sigmoid, states_of
 from qestimate import returns
-from rollout import FROM_DEMONSTRATION
 
 TOGETHER = {"mean": lambda opinions: opinions.mean(0), "min": lambda opinions: opinions.min(0)}  # (K, …) -> (…)
 
@@ -55,21 +54,6 @@ def better_than_expected(trajectory, V, gamma):
 def progress(M):
     """What each action added to the PRM's promise M (T,), max(0, M_t − M_{t−1}), (T,) (P2); the first nothing. Of any rollout, won or not."""
     return np.maximum(0, np.diff(M, prepend=M[:1]))
-
-
-def like_the_expert(trajectories, scores, ends):
-    """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it:
-    (T,) each, the same for all its actions.
-
-    r = f(s, a) − γ f(s', a') is the reward that InversePRM has learned (with rest, what it is more than a step of rest has), scores (T,) of each
-    rollout its f: self-imitation (as `better_than_expected`) of a return that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to
-    f(s_0, a_0), and would say nothing of the rollout. Rollouts that began in the midst of a demonstration are neither compared nor imitated: they owe
-    their return to where they began.
-    """
-    learned = np.array([(learned_rewards(t, f, ends) - (ends.rest or 0.0)).sum() for t, f in zip(trajectories, scores)])
-    whole = np.array([t.episode < FROM_DEMONSTRATION for t in trajectories])
-    above = np.maximum(0, learned - learned.mean(where=whole)) * whole if whole.any() else np.zeros(len(whole))
-    return [np.full(len(t), x / max(above.sum() / max(1, (above > 0).sum()), 1e-9)) for t, x in zip(trajectories, above)]
 
 
 def worth(prms, trajectories, by, *, how, prm_loss, ends):

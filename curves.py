@@ -8,11 +8,10 @@ Each π_k of the run acts by Q_k and by Q_{k+1}, the PRM trained on its own roll
 JSON file is not played again: an interrupted command goes on where it stopped, and one with more N adds to it.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from common import RESUMED, Parser, UserError, a_seed, a_temperature, command_line, pick_device, read_json, read_model, set_up_torch, write_json
+from common import (RESUMED, Parser, UserError, a_seed, a_temperature, command_line, pick_device, read_json, read_model, same_settings, set_up_torch,
+                    whole_numbers, write_json)
 from eval import evaluate_policy, judge_best_episodes, paired_bootstrap, play
 from games import games_of_run
 from rollout import rollout, slots_for
@@ -76,13 +75,6 @@ def table(rows, pairs, over, numbers):
     return lines
 
 
-def whole_numbers(text):
-    """"4,1,16" -> [1, 4, 16]"""
-    if not all(n.isdecimal() for n in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers with commas between them")
-    return sorted({int(n) for n in text.split(",")})
-
-
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -114,6 +106,8 @@ def main():
     device, flags = pick_device(args.device), read_json(run / "config.json")["flags"]
     games, source = games_of_run(run, args.split, args.data)
     temperature = flags["eval_temperature"] if args.temperature is None else args.temperature
+    if not temperature and max(asked["actions"] + asked["episodes"]) > 1:
+        raise UserError("at temperature 0 all samples are the same: --temperature X")
     options = {"temperature": temperature, "max_steps": flags["max_steps"], "seed": args.seed}
     settings = {"run": run.resolve().name, "split": args.split, "data": source, "engine": "fast", "alfworld": alfworld_version(),
                 "episodes_per_game": args.episodes_per_game, **options}
@@ -121,9 +115,7 @@ def main():
     result = read_json(file) if file.exists() else {**settings, "rows": []}
     if not isinstance(result, dict):
         raise UserError(f"{file} holds no results of curves.py: name another --json")
-    differ = [f"{name} {result.get(name)} -> {value}" for name, value in settings.items() if result.get(name) != value]
-    if differ:
-        raise UserError(f"{file} holds other results ({'; '.join(differ)}): name another --json")
+    same_settings(file, result, settings, "name another --json")
     write_json(file, result)  # what cannot be written is told before playing
     for over, missing in (("actions", over_actions(result["rows"], run, pairs, asked["actions"], games, device, args.episodes_per_game, options)),
                           ("episodes", over_episodes(result["rows"], run, pairs, asked["episodes"], games, device, options))):
@@ -135,8 +127,7 @@ def main():
     for over in (over for over in asked if asked[over]):
         print(*table(result["rows"], pairs, over, asked[over]), sep="\n")
     print(f"written to {file}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main, RESUMED))
+    command_line(main, RESUMED)

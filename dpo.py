@@ -78,10 +78,10 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     device = policy.cos.device
     plan = [picked for _, picked in zip(range(steps), batches(len(trajectories), trunks, generator(seed, "drawn")))]
     visited = np.unique(np.concatenate(plan))
-    worth_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
+    weights_of = dict(zip(visited, weigh([trajectories[i] for i in visited]))) if imitate else {}
     # what a trajectory's states and its tokens weigh on average: by a batch's own weight, one among lost ones would weigh more. What is to be
     # unlearned weighs as much as what is imitated, so the more of it there is, the less a token of either kind counts
-    length, weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([np.abs(w[1:]).sum() for w in worth_of.values()] or [0.0])
+    length, mean_weight = np.mean([len(trajectories[i]) for i in visited]), np.mean([np.abs(w[1:]).sum() for w in weights_of.values()] or [0.0])
 
     def preferences(step, ids, states, numbers, metrics):
         """Propose and score. -> (chosen, rejected, chosen, …) as branches of a Tree"""
@@ -103,13 +103,13 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
     def loss_of(step):
         rng, metrics, loss = generator(seed, "dpo", step), {}, None
         picked = [trajectories[i] for i in plan[step]]
-        told = [stray(t, worth_of[i] if imitate else np.zeros(len(t.ids), np.float32), rng) for i, t in zip(plan[step], picked)]
+        told = [stray(t, weights_of[i] if imitate else np.zeros(len(t.ids), np.float32), rng) for i, t in zip(plan[step], picked)]
         ids = [tell(ids.astype(np.int64), t.game, rng) for (ids, _, _), t in zip(told, picked)]
-        starts, worth = [starts for _, starts, _ in told], [weights for _, _, weights in told]
+        starts, weights = [starts for _, starts, _ in told], [weights for _, _, weights in told]
         at = [sorted(rng.choice(len(t), min(len(t), states_per_trunk), replace=False)) for t in picked]  # actions to be thought over
-        total_states, total_weight = length * len(picked), weight * len(picked)  # of an average batch; this rank has a part of it
+        total_states, total_weight = length * len(picked), mean_weight * len(picked)  # of an average batch; this rank has a part of it
         first = np.cumsum([0, *map(len, at)])[:-1]  # number of a trajectory's first state
-        picked, ids, starts, at, worth, first = map(mine, (picked, ids, starts, at, worth, first))
+        picked, ids, starts, at, weights, first = map(mine, (picked, ids, starts, at, weights, first))
         if total_weight:
             metrics["imitation"] = summed(0.0)  # this rank may have nothing to imitate
         if not picked:
@@ -119,7 +119,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
             step, ids, states, [first[b] + n for b in range(len(picked)) for n in range(len(at[b]))], metrics)
         # states: of a long trajectory as few are drawn as of a short one
         stands_for = torch.tensor([len(picked[b]) / len(at[b]) for b, *_ in branches[::2]], device=device)
-        taught = [b for b, w in enumerate(worth) if w.any()]  # trajectories that are imitated, or unlearned in part
+        taught = [b for b, w in enumerate(weights) if w.any()]  # trajectories that are imitated, or unlearned in part
         if not branches and not taught:
             return None, metrics
         cut = Tree(ids, branches, device) if branches else None
@@ -127,7 +127,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
         h = tree.hidden(policy)  # (B, S, D)
         if branches:
             with torch.no_grad():
-                ref = cut.logprobs(reference, temperature).view(-1, 2)
+                ref = cut.logprobs(reference, temperature).view(-1, 2)  # (pairs, 2): chosen, rejected
             pi = tree.logprobs(policy, temperature, h).view(-1, 2)
             losses, chosen, rejected = dpo_loss(pi[:, 0], pi[:, 1], ref[:, 0], ref[:, 1], beta)
             loss = (stands_for * losses).sum() / total_states  # a state without a preference counts as one that is content
@@ -135,7 +135,7 @@ def online_dpo(policy, reference, score, tokenizer, trajectories, tell, *, pairs
             metrics.update({"loss": (losses.detach().sum(), n), "rewards/margins": ((chosen - rejected).sum(), n),
                             "rewards/accuracies": ((chosen > rejected).sum(), n), "pairs/log_ratio": ((pi.detach() - ref).sum(), 2 * n)})
         if taught:
-            rows = [worth[b] if b in taught else np.zeros(1, np.float32) for b in tree.rows]
+            rows = [weights[b] if b in taught else np.zeros(1, np.float32) for b in tree.trunks]
             likelihood = imitation_loss(policy, h, tree.ids, pad(rows, dtype=torch.float32).to(device), total_weight)
             metrics["imitation"] = summed(likelihood.detach())
             loss = imitate * likelihood + (0 if loss is None else loss)

@@ -311,7 +311,7 @@ def main():
     if args.agent == "human":
         episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
         print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
-        return 0
+        return
     start, agent, prm_used = time.monotonic(), (), False
     if args.agent == "policy":
         device = pick_device(args.device)
@@ -325,7 +325,7 @@ def main():
                                temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
         print(*narrated(told(game, trajectory, policy, tokenizer, PROPOSED_AT, args.seed, prm,
                              prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
-        return 0
+        return
     play_in = evaluation(args, games, *agent)
     results = [play_in(world) for world in worlds]
     result = {"agent": args.agent, "split": args.split, **results[-1], "max_steps": args.max_steps,
@@ -341,11 +341,11 @@ def main():
           f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
     print(*table(result), *remarks(result), sep="\n")
     if before:
-        print("gain over {}: {:+.1f} points ({:+.1f} … {:+.1f})".format(args.against, *(100 * x for x in paired_bootstrap(before, result["episodes"]))))
+        gain = paired_bootstrap(before, result["episodes"])
+        print("gain over {}: {:+.1f} points ({:+.1f} … {:+.1f})".format(args.against, *(100 * x for x in gain)))
     if args.json:
         write_json(args.json, result)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    command_line(main)

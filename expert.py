@@ -120,8 +120,8 @@ class Expert:
         self.orders = {}
         self.chosen = None  # the action proposed and not yet answered
 
-    def act(self, observation=None, admissible=None):
-        """-> the next command. `observation` answers the command given before; `admissible` is not read."""
+    def act(self, observation=None):
+        """-> the next command. `observation` answers the command given before."""
         if self.chosen is not None:
             self.observe(self.chosen, observation)
         self.chosen = self._plan()

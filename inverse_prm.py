@@ -73,6 +73,21 @@ def learned_rewards(trajectory, f, ends, taught=None):
     return ends.logit(f[actions], f[np.minimum(actions + 1, len(f) - 1)], ended)
 
 
+def like_the_expert(trajectories, scores, ends):
+    """What a rollout's learned return, Σ_t r(s_t, a_t), is above that of the average rollout, or 0, over the mean of those above it:
+    (T,) each, the same for all its actions.
+
+    scores (T,) of each rollout: its f. r is the learned reward (with rest, what it is more than a step of rest has): self-imitation (as
+    `better_than_expected` of credit.py) of a return that no outcome tells. It is not discounted: Σ_t γ^t r_t telescopes to f(s_0, a_0), and would
+    say nothing of the rollout. Rollouts that began in the midst of a demonstration are neither compared nor imitated: they owe their return to where
+    they began.
+    """
+    learned = np.array([(learned_rewards(t, f, ends) - (ends.rest or 0.0)).sum() for t, f in zip(trajectories, scores)])
+    whole = np.array([t.episode < FROM_DEMONSTRATION for t in trajectories])
+    above = np.maximum(0, learned - learned.mean(where=whole)) * whole if whole.any() else np.zeros(len(whole))
+    return [np.full(len(t), x / max(above.sum() / max(1, (above > 0).sum()), 1e-9)) for t, x in zip(trajectories, above)]
+
+
 def told_apart(f_expert, f_learner, ends):
     """The learned reward on episodes that its lessons left out (the policy it starts from knows the expert's among them):
     its mean on either side, and how often its sign is right (a coin: 0.5).
@@ -134,7 +149,7 @@ def train_inverse_prm(prm, policy, demonstrations, rollouts, tell, ends, *, upda
         at = lambda places: prm.scores(h[tuple(torch.tensor(np.array(places)).T)])
         ended, expert = torch.tensor(ended, device=device), torch.tensor(expert, device=device)
         f_next = at(then)
-        f_next = f_next.masked_scatter(torch.tensor(asked, device=device), prm.scores(h[tree.row, tree.end]))
+        f_next = f_next.masked_scatter(torch.tensor(asked, device=device), prm.scores(h[tree.branch_row, tree.branch_end]))
         z = ends.logit(at(now), f_next, ended)
         losses, z = inverse_loss(z, expert), z.detach()
         loss = sum((losses * (expert == side)).sum() / total[side] for side in (False, True)) / 2

@@ -71,15 +71,15 @@ def optimise(model, loss_of, steps, lr, state, name, *, warmup=0.05, clip=1.0, w
     Learning rate: linear warm-up over the fraction `warmup`, then linearly down to a tenth of `lr`. The weights it ends with are the last ones, or
     their mean after each of the last updates, the fraction `averaged` of them (Polyak and Juditsky 1992): a policy wins two to five points more by it
     (LOG.md). `loss_of` must depend on nothing but the step and the weights: then a run killed and continued from the file `state` (written every
-    `save_every` seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches. With several
-    ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
+    `save_every` seconds, removed by the caller) equals an undisturbed one. The log holds means of the metrics over `logs` stretches, or a few less.
+    With several ranks `loss_of` gives this rank's part of the loss. `watch`() -> {metric: value} is asked at the end of each stretch.
     """
     optimizers = optimisers(model, lr, weight_decay)
     mean, first = [p.detach().clone() for p in model.parameters()], int((1 - averaged) * steps)  # the mean is of the weights after that many updates
     step, log, sums = _load_state(state, model, optimizers, mean)
     sums = {} if rank() else sums
     saved = time.monotonic()
-    stretch = max(1, steps // logs)
+    stretch = max(1, -(-steps // logs))
     model.train()
     with tqdm(total=steps, initial=step, desc=name, unit="update", dynamic_ncols=True) as bar:
         while step < steps:

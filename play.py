@@ -25,7 +25,7 @@ def told(game, trajectory, policy, tokenizer, temperature, seed, prm=None, q=Non
     """
     env, ids = AlfworldEnv(len(trajectory)), trajectory.ids.astype(np.int64)
     task, observation = split_intro(env.reset(game)[0])
-    text = lambda action: tokenizer.decode(action).strip()
+    text = tokenizer.command
     states = [(0, int(start)) for start in trajectory.spans[:, 0]]
     drawn = propose(policy, [ids], states, PROPOSALS, temperature, (seed, key(game.id), np.arange(len(states))))
     branches = [(*state, *action) for state, actions in zip(states, drawn) for action in distinct(actions, tokenizer)]

@@ -122,6 +122,7 @@ def prefer(trajectories, pairs):
     """f higher for the better of two actions of one state, by `bt_loss`: pairs as from `preference_pairs`."""
     places, branches = [], []
     for t, found in zip(trajectories, pairs):
+        # the <end>s of the branches, as a Tree with `whole` lays them out: behind the trunk, in this order
         others = np.cumsum([len(t.ids), *(len(ids) for _, ids in found)])[1:] - 1
         places.append(np.concatenate([t.spans[[k for k, _ in found], 1] - 1, others]) if found else np.empty(0, np.int64))
         branches.append([(int(t.spans[k, 0]), ids) for k, ids in found])

@@ -26,7 +26,7 @@ def history_keys(trajectory, tokenizer):
     for start, end in zip(np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1):
         history.update(b"\0" + tokenizer.decode(ids[seen:start]).encode())
         states.append(number(history))
-        history.update(b"\1" + tokenizer.decode(ids[start:end]).strip().encode())
+        history.update(b"\1" + tokenizer.command(ids[start:end]).encode())
         pairs.append(number(history))
         seen = end
     own = slice(-len(trajectory), None)  # what came before was a demonstration's

@@ -31,7 +31,8 @@ def join(folder, device):
 
 def leave():
     if dist.is_initialized():
-        dist.barrier()  # the first one has the table to make; a rank that left before it has been seen to abort at its exit, after which torchrun stops all
+        # the first one has the table to make; a rank that left before it has been seen to abort at its exit, after which torchrun stops all
+        dist.barrier()
         dist.destroy_process_group()
 
 

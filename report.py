@@ -262,4 +262,4 @@ def cost_table(run):
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    command_line(main)

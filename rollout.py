@@ -28,7 +28,7 @@ class Trajectory:
     game: str
     ids: np.ndarray  # (L,) int32: prompt, action, observation, action, …
     spans: np.ndarray  # (T, 2) int32: action t is ids[start:end], its <end> included
-    logp: np.ndarray  # (T,) float32: log-probability of each action as sampled, summed over its tokens
+    logp: np.ndarray  # (T,) float32: log-probability of each action as sampled, summed over its tokens: a record, DPO computes its own
     forced: np.ndarray  # (T,) bool: the action hit the token cap, so its <end> was not sampled
     inadmissible: np.ndarray  # (T,) bool: the world answered "Nothing happens."
     reward: float  # 1 if won
@@ -239,11 +239,13 @@ def sample_actions(policy, cache, lengths, h, names, temperature, n=1, last=END,
         going, chosen = going[on], chosen[on]
         if not len(going):
             break
+        # samples of one cache row that drew the same token go on sharing it; those that drew different ones part here
         V = policy.config.vocab_size
-        different, at[going] = np.unique(row[going] * V + chosen, return_inverse=True)
+        different, at[going] = np.unique(row[going] * V + chosen, return_inverse=True)  # distinct (cache row, token)
         rows, tokens = divmod(different, V)
-        if (rows[1:] == rows[:-1]).any():  # here some part
-            cache, lengths, row[going], rows = cache.take(rows), lengths[rows], at[going], np.arange(len(rows))
+        if (rows[1:] == rows[:-1]).any():  # a row goes on in more than one way: a copy for each
+            cache, lengths = cache.take(rows), lengths[rows]
+            row[going], rows = at[going], np.arange(len(rows))
         h = feed(policy, cache, rows, lengths, tokens[:, None])
     forced = np.zeros(len(actions), dtype=bool)
     forced[going] = True
@@ -258,12 +260,12 @@ def branch(policy, cache, owner, lengths, h, n, names, temperature):
     h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
     """
     names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
-    copy = fork(policy, cache, owner, int(lengths.max()))
+    copy = copied_rows(policy, cache, owner, int(lengths.max()))
     drawn = list(zip(*sample_actions(policy, copy, lengths.copy(), h, names, temperature, n)))
     return [drawn[i:i + n] for i in range(0, len(drawn), n)]
 
 
-def fork(model, cache, owner, length):
+def copied_rows(model, cache, owner, length):
     """A copy of the first `length` places of cache rows `owner`, with room for an action."""
     rows = torch.from_numpy(owner).to(model.cos.device)
     copy = Cache(model.config, len(rows), length + MAX_ACTION, model.cos.device)

@@ -20,7 +20,7 @@ from env import AlfworldEnv
 from flags import origin
 from model import Cache
 from prm import answer_tokens, score
-from rollout import MAX_ACTION, Row, act, action_logprobs, begin, branch, feed, fork, sample_actions, slots_for
+from rollout import MAX_ACTION, Row, act, action_logprobs, begin, branch, copied_rows, feed, sample_actions, slots_for
 from tokenizer import ACT, END
 from tree import Tree, distinct
 
@@ -82,7 +82,7 @@ def imagine(policy, cache, owner, lengths, actions, names, temperature, depth):
     The transcript ends with the action that wins, so the policy has not learned that an episode can end: it imagines on.
     """
     futures, going = [[] for _ in actions], np.arange(len(actions))
-    cache, lengths, said = fork(policy, cache, owner, int(lengths.max())), lengths.copy(), actions
+    cache, lengths, said = copied_rows(policy, cache, owner, int(lengths.max())), lengths.copy(), actions
     for turn in range(depth.max(initial=0)):
         on = np.nonzero(depth[going] > turn)[0]
         going, cache, lengths, said = going[on], cache.take(on), lengths[on], [said[i] for i in on]
@@ -187,7 +187,7 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
         h = feed(policy, cache, rows, lengths, news)  # (B, D)
         candidates = next_actions(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps)
         owner = np.array([j for j, *_ in candidates])
-        fresh = fork(prm, prm_cache, owner, int(lengths.max()))
+        fresh = copied_rows(prm, prm_cache, owner, int(lengths.max()))
         q = prm.scores(feed(prm, fresh, np.arange(len(owner)), lengths[owner], [action for _, action, *_ in candidates])).cpu().numpy()
         of = np.repeat(np.arange(len(searches)), [len(search.live) for search in searches])[owner]  # the search of each candidate
         for s, search in enumerate(searches):

@@ -11,7 +11,6 @@ Before that come glances: single turns of the same demonstrations in which nothi
 rooms gone through from place to place as listed, a step that is rare in whole episodes, and without which a policy may go where it has been.
 """
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from common import (RESUMED, Parser, UserError, a_seed, a_temperature, between, command_line, generator, key, pad, pick_device, read_json, save_model,
-                    set_up_torch, write_json)
+                    set_up_torch, whole_numbers, write_json)
 from env import AlfworldEnv
 from eval import evaluate_policy
 from expert import Expert, demonstrate, fit_prior
@@ -66,7 +65,7 @@ def train_sft(policy, tokenizer, games, prior, *, demos, updates, glanced, lr, b
 
     Unless `own_names`, a name's numbers share a part of their vectors meanwhile (names.py).
     """
-    steps = glanced + max(updates, demos // batch)
+    steps = glanced + max(updates, -(-demos // batch))
     device = policy.cos.device
     longest = policy.config.max_len + 1  # tokens; the last one is only predicted
     options = dict(demos=demos, seed=seed, mistakes=mistakes, max_steps=max_steps, noise=noise)
@@ -108,7 +107,7 @@ def main():
     parser.add_argument("--glances", type=int, default=400, help="updates before them on single turns of the demonstrations")
     parser.add_argument("--searches", type=int, default=60,
                         help="rooms of the demonstrations gone through in order, told in each of these updates too")
-    parser.add_argument("--curve", help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
+    parser.add_argument("--curve", type=whole_numbers, help="comma-separated numbers of demonstrations: train one policy for each", metavar="N,N,…")
     parser.add_argument("--out", default="runs/sft", help="folder to write to; policies already there are not trained again", metavar="DIR")
     game_flags(parser, "dev")
     parser.add_argument("--episodes-per-game", type=int, default=2, help="episodes a game")
@@ -132,10 +131,7 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)", metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    try:
-        curve = [int(n) for n in args.curve.split(",")] if args.curve else [args.demos]
-    except ValueError:
-        raise UserError(f"--curve {args.curve}: numbers with commas between them") from None
+    curve = args.curve or [args.demos]
     if min(*curve, args.updates, args.batch, args.episodes_per_game, args.max_steps) < 1 or min(args.glances, args.searches) < 0:
         raise UserError("--demos, --updates, --batch, --episodes-per-game and --max-steps must be at least 1, --glances and --searches at least 0")
     set_up_torch(args.threads)
@@ -170,8 +166,7 @@ def main():
     print(f"{'demonstrations':>14}{'success':>10}{'actions':>10}{'inadmissible':>14}")
     for r in rows:
         print(f"{r['demos']:14,}{r['success']:10.1%}{r['mean_actions']:10.2f}{r['inadmissible']:14.1%}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main, RESUMED))
+    command_line(main, RESUMED)

@@ -42,7 +42,8 @@ def play_shards(shards, folder, device, workers, **options):
                 wait([process.sentinel for process in processes if process.is_alive()], 0.2)
                 yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
             if any(process.exitcode for process in processes):
-                raise UserError("a process that played rollouts has died; the same command continues from the last whole shard")
+                raise UserError("a process that played rollouts has died (it has said why, if it could); "
+                                "the same command continues from the last whole shard")
             yield [start + sum(counts) for start, *counts in zip(ended, *counters)]
         finally:
             for process in processes:
@@ -75,10 +76,13 @@ def play_in_process(parent, shards, folder, device, counter, options):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     end_with(parent)
     set_up_torch(1)
-    for won in play(shards, folder, device, options):
-        counter[0] += 1
-        counter[1] += won
-        counter[2] = peak_memory()
+    try:
+        for won in play(shards, folder, device, options):
+            counter[0] += 1
+            counter[1] += won
+            counter[2] = peak_memory()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None  # one line, and the parent's
 
 
 PER_ACTION = ("spans", "logp", "forced", "inadmissible")

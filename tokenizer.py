@@ -60,6 +60,10 @@ class Tokenizer:
         """The tokens of an action, its <end> included."""
         return (*self.encode(command), END)
 
+    def command(self, ids):
+        """The text of an action, spaces around it left out, as the world reads it: what tells two actions apart."""
+        return self.decode(ids).strip()
+
     def actions(self, ids):
         """The texts of all whole actions in a transcript."""
         ids = np.asarray(ids)

@@ -191,6 +191,8 @@ def check(args, run, games, i, trajectories):
         policy, tokenizer = read_model(run.path / f"iter{i - 1}/policy", run.device)
         prm, held = policy.with_score_head(), held_out(args, trajectories)
         demos = [(t, taught) for t, taught in demonstrations(args, games, tokenizer) if task_folder(t.game) not in held]
+        if not demos:
+            raise UserError("all demonstrations are of task folders held out of the PRM's lessons: more --demos, less --held-out, or --checks 0")
         log = train_checks(prm, tokenizer, demos, teller(games.train, tokenizer, args.exchange), updates=args.checks, lr=args.prm_lr,
                            batch=args.check_batch, seed=key(f"checks {args.seed} {i}"), state=stage.state, name=f"checks {i}")
         save_model(run.path / f"iter{i}/checks", prm, tokenizer)
@@ -242,9 +244,9 @@ def learn_from_demonstrations(args, run, games, i, trajectories, held, prm, poli
     negatives = [t for t, _ in earlier + fit]
     ends = Ends(args.gamma, args.hide_ends, rest_odds(shown, negatives, args.max_steps) if args.rest else None)
     tell = teller(games.train, tokenizer, args.exchange)
-    check = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
+    check_too = lambda step: check_loss(prm, tokenizer, shown, tell, args.check_batch, generator(options["seed"], "check", step))
     log = train_inverse_prm(prm, policy, shown, negatives, tell, ends, updates=args.inverse_updates, temperature=args.rollout_temperature,
-                            check=check if args.checks else None, **options)
+                            check=check_too if args.checks else None, **options)
     sides = ([(*one, f) for one, f in zip(side, score(prm, [t for t, _ in side]))] for side in (expert, learner))
     return {"told_apart": told_apart(*sides, ends), "rest": ends.rest,
             "visits": visit_statistics(q_table([t for t, _ in fit], tokenizer, args.gamma, keys)), "log": log}
@@ -353,4 +355,4 @@ def evaluate(args, run, games, i):
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main, RESUMED))
+    command_line(main, RESUMED)

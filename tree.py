@@ -22,21 +22,23 @@ class Tree:
     trunks: list of (L,) id arrays. branches: list of (trunk number, start, action ids, forced), `start` being the place of the
     action in its trunk: a branch sees trunk[:start]. forced: the final <end> was not sampled and carries no log-probability.
     Trunks are cut behind what their branches see, and those without branches left out, but for the trunk numbers in `whole`.
-    `rows`: the trunk number of each row.
+    `trunks`: the trunk number of each row. Shapes: ids, positions (B, S), lengths (B,), mask (B, S, S) of row token × column token; of each branch
+    branch_row, branch_end, the place of its <end>, (branches,); of each sampled token of a branch its token_branch, token_row, token_place, and
+    token_before, the place whose hidden state predicts it, (tokens,).
     """
 
     def __init__(self, trunks, branches, device="cpu", whole=()):
         mine = [[] for _ in trunks]
         for n, (b, *_) in enumerate(branches):
             mine[b].append(n)
-        self.rows = [b for b, m in enumerate(mine) if m or b in whole]
+        self.trunks = [b for b, m in enumerate(mine) if m or b in whole]
         ids, positions, owner, limit = [], [], [], []
-        self.end = [None] * len(branches)  # place of each branch's <end>
+        self.branch_end = [None] * len(branches)
         token_branch, token_row, token_place, token_before = [], [], [], []
-        for row, b in enumerate(self.rows):
+        for row, b in enumerate(self.trunks):
             L = len(trunks[b]) if b in whole else max(branches[n][1] for n in mine[b])  # no branch looks at the trunk beyond here
-            i, p = list(trunks[b][:L]), list(range(L))
-            o, l = [-1] * L, [-1] * L  # trunk tokens: owner -1
+            i, p = list(trunks[b][:L]), list(range(L))  # ids and positions,
+            o, l = [-1] * L, [-1] * L  # whose token it is (-1: the trunk's), and how much of the trunk it sees
             for n in mine[b]:
                 _, start, action, forced = branches[n]
                 for k, token in enumerate(action):
@@ -44,15 +46,15 @@ class Tree:
                         token_branch.append(n), token_row.append(row), token_place.append(len(i))
                         token_before.append(len(i) - 1 if k else start - 1)  # whose hidden state predicts this token
                     i.append(token), p.append(start + k), o.append(n), l.append(start)
-                self.end[n] = len(i) - 1
+                self.branch_end[n] = len(i) - 1
             ids.append(i), positions.append(p), owner.append(o), limit.append(l)
         to = lambda x: torch.as_tensor(x, dtype=torch.long).to(device)
-        self.ids, self.positions, self.lengths = pad(ids).to(device), pad(positions).to(device), to(list(map(len, ids)))  # (B, S), (B, S), (B,)
+        self.ids, self.positions, self.lengths = pad(ids).to(device), pad(positions).to(device), to(list(map(len, ids)))
         owner, limit, S = pad(owner, -2).to(device), pad(limit, 0).to(device), self.ids.shape[1]
         trunk = (owner == -1)[:, None, :]  # columns that are trunk
         causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
         self.mask = causal & ((owner[:, :, None] == owner[:, None, :]) | (trunk & (self.positions[:, None, :] < limit[:, :, None])))
-        self.end, self.row = to(self.end), to([self.rows.index(b) for b, *_ in branches])
+        self.branch_end, self.branch_row = to(self.branch_end), to([self.trunks.index(b) for b, *_ in branches])
         self.token_branch, self.token_row, self.token_place, self.token_before = map(to, (token_branch, token_row, token_place, token_before))
 
     def hidden(self, model):
@@ -64,11 +66,11 @@ class Tree:
         h = self.hidden(policy) if h is None else h
         logp = action_logprobs(policy.logits(h[self.token_row, self.token_before]), temperature)  # (tokens, V)
         logp = logp.gather(-1, self.ids[self.token_row, self.token_place][:, None])[:, 0]
-        return logp.new_zeros(len(self.end)).index_add(0, self.token_branch, logp)
+        return logp.new_zeros(len(self.branch_end)).index_add(0, self.token_branch, logp)
 
     def scores(self, prm):
         """The PRM's f of each branch's action: (branches,)."""
-        return prm.scores(self.hidden(prm)[self.row, self.end])
+        return prm.scores(self.hidden(prm)[self.branch_row, self.branch_end])
 
 
 @torch.no_grad()
@@ -97,5 +99,5 @@ def distinct(drawn, tokenizer):
     """Of actions (ids, …) the first of each text."""
     kept = {}
     for action in drawn:
-        kept.setdefault(tokenizer.decode(action[0]).strip(), action)
+        kept.setdefault(tokenizer.command(action[0]), action)
     return list(kept.values())

@@ -18,14 +18,13 @@ The first row is log π(a | s) in the place of Q, and of a PRM that compares act
 The rollouts stay in the run (truth-K.json), and are not played again.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, a_seed, command_line, generator, pick_device, read_json, read_model, set_up_torch, write_json
+from common import Parser, UserError, a_seed, command_line, generator, pick_device, read_json, read_model, same_settings, set_up_torch, write_json
 from games import games_of_run
 from qestimate import pearson
 from rollout import rollout
@@ -50,7 +49,7 @@ def play_truth(policy, tokenizer, games, *, states, rollouts, gamma, max_steps, 
         todo += [(by_id[t.game], n * rollouts + j, ids, k) for j in range(rollouts)]
     for t in tqdm(rollout(policy, tokenizer, todo, seed=seed + 1, **options), "rollouts", len(todo), unit="episode", dynamic_ncols=True):
         action = t.ids[slice(*t.spans[0])]
-        one = found[t.episode // rollouts]["actions"].setdefault(tokenizer.decode(action).strip(), {"ids": action.tolist(), "returns": []})
+        one = found[t.episode // rollouts]["actions"].setdefault(tokenizer.command(action), {"ids": action.tolist(), "returns": []})
         one["returns"].append(t.reward * gamma ** (len(t) - 1))
     return found
 
@@ -125,9 +124,7 @@ def main():
     file = run / f"truth-{args.policy}.json"
     if file.exists():
         known = read_json(file)
-        differ = [f"{k} {known.get(k)} -> {v}" for k, v in settings.items() if known.get(k) != v]
-        if differ:
-            raise UserError(f"{file} holds other rollouts ({'; '.join(differ)}): give the same flags, or move it away")
+        same_settings(file, known, settings, "give the same flags, or move it away")
     else:
         games, _ = games_of_run(run, "dev", args.data)
         known = {**settings, "found": play_truth(policy, tokenizer, games, **{k: v for k, v in settings.items() if k != "policy"})}
@@ -146,8 +143,7 @@ def main():
             print(f"{r['actions']} actions of {len(states)} states\n{'Q':>6}{'A':>6}" + "".join(f"{head:>20}" for head in heads))
         cells = [percent(r["far"][1]), *(f"{n}, {percent(right)}, {gain or 0:+.2f}" for n, right, gain in r["gaps"].values())]
         print(f"{number(r['q'])}{number(r['advantage'])}" + "".join(f"{cell:>20}" for cell in cells) + f"   {name}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    command_line(main)

@@ -47,7 +47,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_file(file, fail)
-    assert file.read_text() == '{\n  "a": 1\n}\n'
+    assert file.read_text() == '{\n  "a": 1\n}\n' and [f.name for f in file.parent.iterdir()] == ["file.json"]
 
 
 def test_pad():

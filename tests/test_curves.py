@@ -8,7 +8,8 @@ import torch
 
 import curves
 from common import save_model, write_json
-from curves import find, main, pairs_of_run, whole_numbers
+from common import whole_numbers
+from curves import find, main, pairs_of_run
 from eval import evaluate_policy, judge_best_episodes
 from games import DataError, games_of_run, generated_split, split_dev
 from search import best_of_n, last_scores
@@ -125,6 +126,7 @@ def test_an_interrupted_curve_goes_on_where_it_stopped(run, monkeypatch, capsys)
     (("--best-of-episodes", "1,-2"), ("--best-of-episodes", "1,-2")),
     (("--policies", "7"), ("[7]",)),
     (("--temperature", -1), ("--temperature",)),
+    (("--temperature", 0), ("--temperature", "same")),
     (("--split", "nosuchsplit"), ("nosuchsplit",)),
     (("--json", "{run}/config.json/out.json"), ("config.json",)),
     (("--json", "{run}/data.json"), ("data.json", "other results", "--json")),

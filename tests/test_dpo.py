@@ -10,7 +10,7 @@ import torch
 
 import dpo
 from common import pad, save_model
-from credit import SETBACK, better_than_expected, imitated, like_the_expert, no_setback, progress, worth
+from credit import SETBACK, better_than_expected, imitated, no_setback, progress, worth
 from dpo import dpo_loss, imitation_loss, online_dpo, unlikelihood
 from inverse_prm import Ends
 from qestimate import returns
@@ -93,7 +93,7 @@ def weights(model):
 def begins_with(words):
     """A score of branches: 1 if the action begins with these words (one token)."""
     first, = tokenizer().encode(words)
-    return lambda tree: (tree.ids[tree.row, [int(tree.token_place[tree.token_branch == n].min()) for n in range(len(tree.end))]] == first).float()
+    return lambda tree: (tree.ids[tree.branch_row, [int(tree.token_place[tree.token_branch == n].min()) for n in range(len(tree.branch_end))]] == first).float()
 
 
 def share(policy, words):
@@ -125,14 +125,14 @@ def test_a_pair_is_the_best_and_the_worst_of_the_distinct_proposals(tmp_path, mo
     monkeypatch.setattr(Tree, "logprobs", lambda tree, *a: shown.append(tree) or logprobs(tree, *a))
 
     def score(tree):  # the sum of the action's tokens: as good as random, and seen again below
-        totals = torch.zeros(len(tree.end)).index_add(0, tree.token_branch, tree.ids[tree.token_row, tree.token_place].float())
+        totals = torch.zeros(len(tree.branch_end)).index_add(0, tree.token_branch, tree.ids[tree.token_row, tree.token_place].float())
         scored.append(totals)
         return totals
 
     fit(tmp_path, score, pairs=96, proposals=6, lr=1e-9)
     for totals, reference_pass, policy_pass in zip(scored, shown[0::2], shown[1::2]):
         assert reference_pass is policy_pass
-        pairs = torch.zeros(len(policy_pass.end)).index_add(
+        pairs = torch.zeros(len(policy_pass.branch_end)).index_add(
             0, policy_pass.token_branch, policy_pass.ids[policy_pass.token_row, policy_pass.token_place].float()).view(-1, 2)
         assert (pairs[:, 0] > pairs[:, 1]).all() and len(pairs) < len(totals) / 2  # more than two were scored at some states
         assert {*pairs.flatten().tolist()} <= {*totals.tolist()} and pairs.max() == totals.max() and pairs.min() == totals.min()
@@ -173,7 +173,7 @@ def test_the_loss_of_an_update_written_out(monkeypatch):
 
 
 def test_pairs_without_a_preference_change_nothing(tmp_path, monkeypatch):
-    policy, log = fit(tmp_path, lambda tree: torch.zeros(len(tree.end)), pairs=160)
+    policy, log = fit(tmp_path, lambda tree: torch.zeros(len(tree.branch_end)), pairs=160)
     assert torch.equal(weights(policy), weights(taught())) and log[-1]["pairs/kept"] == 0 and log[-1]["pairs/differ"] > 0.1
     policy, log = fit(tmp_path / "gap", begins_with("go to"), pairs=160, min_gap=1.0)  # a gap of 1 is not more than 1
     assert torch.equal(weights(policy), weights(taught()))
@@ -347,7 +347,7 @@ def test_what_the_world_did_not_accept_is_unlearned_in_every_rollout():
 
 
 def test_imitation_makes_what_won_likelier_and_needs_no_preference(tmp_path):
-    same = lambda tree: torch.zeros(len(tree.end))
+    same = lambda tree: torch.zeros(len(tree.branch_end))
     worth = lambda some: [imitated(t, better_than_expected(t, np.zeros(len(t)), 0.95), 0.3) for t in some]
     policy, log = fit(tmp_path, same, pairs=1280, imitate=0.1, weigh=worth, lr=1e-2)
     assert log[-1]["pairs/kept"] == 0 and log[-1]["imitation"] < 0.9 * log[0]["imitation"] and "loss" not in log[-1]

@@ -77,7 +77,7 @@ def inverse(model, state):
 
 
 def preferences(model, state):
-    by_length = lambda tree: torch.zeros(len(tree.end)).index_add(0, tree.token_branch, torch.ones(len(tree.token_branch)))
+    by_length = lambda tree: torch.zeros(len(tree.branch_end)).index_add(0, tree.token_branch, torch.ones(len(tree.token_branch)))
     online_dpo(model, taught(), by_length, tokenizer(), played(), tell(), pairs=60, beta=0.1, lr=1e-3, temperature=1.0, trunks=4, states_per_trunk=3, imitate=1.0,
                weigh=lambda some: [np.ones(len(t.ids), np.float32) for t in some], seed=0, state=state)
 

@@ -164,6 +164,11 @@ def test_actions_are_learned(tmp_path):
     assert log[-1]["step"] == 50
 
 
+def test_every_demonstration_is_told(tmp_path):
+    _, log = train(tmp_path, 41)
+    assert log[-1]["step"] == 6  # batches of 8
+
+
 def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
     policy = random_model(context=150)
     assert max(len(ids) for ids, _ in demos_of(range(16))) > 151

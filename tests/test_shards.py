@@ -1,6 +1,7 @@
 """Shards: read as they were written, the same whoever plays them, and a process that dies is told."""
 
 import multiprocessing
+import shutil
 
 import pytest
 import torch
@@ -72,3 +73,13 @@ def test_a_process_that_dies_ends_the_job(saved, tmp_path, monkeypatch):
     for worker in workers:
         worker.join(10)
         assert not worker.is_alive()
+
+
+def test_what_a_process_cannot_read_is_told_in_one_line(saved, tmp_path, capfd):
+    damaged = tmp_path / "policy"
+    shutil.copytree(saved, damaged)
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="has died"):
+        list(play_shards(shards(tmp_path / "rollouts"), damaged, "cpu", 2, **OPTIONS))
+    told = capfd.readouterr().err
+    assert "damaged one" in told and "Traceback" not in told

@@ -16,6 +16,8 @@ import torch
 from common import UserError, read_model, save_model, write_file, write_json
 from figures import figures_of
 from flags import OF_SFT, episodes_of_each_game, parse_flags
+from games import task_folder
+from generate import generated_split
 from kill_test import differences, files, finish, kill, moments
 from qestimate import labels_of, q_table
 from report import read_run
@@ -406,6 +408,15 @@ def test_a_run_killed_between_a_stages_record_and_its_tidying_up_ends_as_an_undi
         (folder / f"{name}.state.safetensors").write_bytes(b"left over")
     finish(folder, TINY)
     assert differences(run[0], folder) == []
+
+
+def test_no_demonstration_left_for_the_checks_is_told(run, tmp_path, monkeypatch, capsys):
+    folder = copy_of(run, tmp_path)
+    shutil.rmtree(folder / "iter1/checks")
+    (folder / "iter1/checks.json").unlink()
+    monkeypatch.setattr("train.held_out", lambda *_: {task_folder(game.id) for game in generated_split("train", 40)})
+    done = in_process(train_main, (*TINY, "--out", folder), monkeypatch, capsys)
+    assert done.returncode == 2 and "--held-out" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_a_run_with_other_flags_or_games_is_refused_and_the_difference_shown(run, monkeypatch, capsys):

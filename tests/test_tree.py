@@ -61,7 +61,7 @@ def test_the_logprobs_of_what_was_played_are_those_recorded():
 def test_a_whole_trunk_changes_nothing_for_its_branches():
     model, (trunks, branches) = random_model(), some_branches()
     cut, whole = Tree(trunks, branches), Tree(trunks, branches, whole=[0, 2])
-    assert whole.ids.shape[1] > cut.ids.shape[1] and Tree(trunks, branches[:1], whole=[3]).rows == sorted({branches[0][0], 3})
+    assert whole.ids.shape[1] > cut.ids.shape[1] and Tree(trunks, branches[:1], whole=[3]).trunks == sorted({branches[0][0], 3})
     torch.testing.assert_close(whole.logprobs(model, 0.7), cut.logprobs(model, 0.7), atol=2e-3, rtol=1e-4)
 
 

@@ -59,7 +59,7 @@ def test_actions_that_are_equally_good_are_seldom_far_apart():
     for n in range(300):
         counts = rng.multinomial(64, rng.dirichlet(np.ones(5)))
         found.append({"game": "", "ids": [1], "actions": {str(k): {"ids": [2], "returns": (rng.random(c) < 0.3).astype(float).tolist()} for k, c in enumerate(counts) if c}})
-    states = judged(lambda tree: torch.zeros(len(tree.end)), found, "cpu", 4)
+    states = judged(lambda tree: torch.zeros(len(tree.branch_end)), found, "cpu", 4)
     pairs = sum(len(q) * (len(q) - 1) // 2 for _, q, *_ in states)
     assert pairs > 1000 and against_truth(states)["far"][0] < 0.01 * pairs
 
