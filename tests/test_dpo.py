@@ -12,7 +12,7 @@ import dpo
 from common import pad, save_model
 from credit import SETBACK, better_than_expected, imitated, no_setback, progress, worth
 from dpo import dpo_loss, imitation_loss, online_dpo, unlikelihood
-from inverse_prm import Ends
+from inverse_prm import Ends, like_the_expert
 from qestimate import returns
 from rollout import FROM_DEMONSTRATION
 from sft import sft_loss
@@ -39,6 +39,7 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_until_beta_is_me
     assert pi.grad.tolist() == pytest.approx([-0.1, 0.1])  # β σ(−margin)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl about transformers
 def test_the_loss_and_its_gradient_are_trls(monkeypatch, tmp_path):
     """TRL's DPOTrainer on our saved models and padded pairs, against one tree of branches."""
     trl, transformers, datasets = (pytest.importorskip(name) for name in ("trl", "transformers", "datasets"))
