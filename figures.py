@@ -100,16 +100,17 @@ def demonstrations(run):
     """SFT alone on more and more demonstrations (sft.py --curve), and what the iterations made of the run's few."""
     if not run.sft:
         return None
-    split, own = run.sft[0]["split"], log10(run.config["flags"]["demos"])
-    alone = [(log10(row["demos"]), row["success"]) for row in run.sft]
-    ours = {row["i"]: (own, row["success"]) for row in run.rows if row["split"] == split}
+    split, own = run.sft[0]["split"], run.config["flags"]["demos"]
+    ours = {row["i"]: (log10(own), row["success"]) for row in run.rows if row["split"] == split}
+    won = {own: ours[0][1], **{row["demos"]: row["success"] for row in run.sft}}  # π_0 is SFT alone, too
+    alone = [(log10(n), won[n]) for n in sorted(won)]
     points = [*alone, *ours.values()]
     left, right = min(points)[0] - 0.1, max(points)[0] + 0.1
-    marks = [*curve("grey", alone, [f"SFT on {row['demos']:,} demonstrations: {percent(row['success'])}" for row in run.sft]),
+    marks = [*curve("grey", alone, [f"SFT on {n:,} demonstrations: {percent(won[n])}" for n in sorted(won)]),
              *curve(1, list(ours.values()), [f"{pi(i)}: {percent(p)}" for i, (_, p) in ours.items()]),
              *(("dashes", 1, [(x, p), (right, p)], "") for i, (x, p) in ours.items() if i == run.best)]
     return dict(name="demonstrations", title="How many demonstrations is that worth?",
-                x=("demonstrations", left, right, [(log10(n), f"{n / 1000:g}k" if n >= 1000 else str(n)) for n in (row["demos"] for row in run.sft)]),
+                x=("demonstrations", left, right, [(log10(n), f"{n / 1000:g}k" if n >= 1000 else str(n)) for n in sorted(won)]),
                 y=success_axis(p for _, p in points), marks=marks, legend=[("grey", "SFT alone"), (1, f"{pi(0)} … {pi(max(ours))} of this run")],
                 note=f"Games of {split}. Each dot of SFT alone is a policy of its own; "
                      f"the dashes say which of them the best policy, {pi(run.best)}, stands with.")

@@ -245,7 +245,8 @@ def test_sft_alone_is_drawn_where_its_curve_is_named(run, tmp_path, monkeypatch,
     figure = text[text.index('<figure id="demonstrations"'):]
     figure = figure[:figure.index("</figure>")]
     said = re.findall("<li>(.*?)</li>", figure[figure.index("<details>"):])
-    assert said == ["SFT on 50 demonstrations: 12.5 %", "SFT on 2,000 demonstrations: 75.0 %", *(f"{pi(i)}: {100 * p:.1f} %" for i, p in of_run.items())]
+    assert said == ["SFT on 50 demonstrations: 12.5 %", f"SFT on 64 demonstrations: {100 * of_run[0]:.1f} %",  # π_0
+                    "SFT on 2,000 demonstrations: 75.0 %", *(f"{pi(i)}: {100 * p:.1f} %" for i, p in of_run.items())]
     assert len(set(re.findall(r'class="c1" cx="([\d.]+)"', figure))) == 1  # the run's policies stand over its own number of demonstrations
     assert figure.count('"c1 dashes"') == 1
 
