@@ -214,7 +214,8 @@ def success_table(run):
     return table(head, rows, [n for n, row in enumerate(run.rows) if row["i"] == run.best])
 
 
-THE_EXPERT = "A scripted expert, which knows from the train games what is found where, wins every game of valid_seen within 30 steps (eval.py --agent expert)."
+THE_EXPERT = ("A scripted expert, which knows from the train games what is found where, wins every game of valid_seen within 30 steps "
+              "(eval.py --agent expert).")
 
 
 def on_alfworld(run):
