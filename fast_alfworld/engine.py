@@ -14,7 +14,7 @@ gamefile.py says what is in a game and how it is numbered. Sets are integers: bi
 
 from functools import lru_cache
 
-from gamefile import MIDDLE_OF_ROOM, TASK_TYPES, Game, GameError, join_list, numbers
+from .gamefile import MIDDLE_OF_ROOM, TASK_TYPES, Game, GameError, join_list, numbers
 
 __all__ = ["HELP", "NOTHING_HAPPENS", "TASK_TYPES", "AlfworldEnv", "Game", "GameError", "Info"]
 

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import Parser, a_seed, command_line, read_json
-from env import Game
-from generate import SPLITS, UNSEEN_ROOMS, DataError, generate, generated_split
+from .gamefile import DataError, Game
+from .generate import UNSEEN_ROOMS, generated_split
 
 COMPLETE = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # games of the published splits
 CACHE = Path("~/.cache/alfworld").expanduser()  # where alfworld-download puts its data
@@ -122,44 +121,6 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
     return chosen, source
 
 
-def games_of_run(run, split, data=None):
-    """The games of a split as a run of train.py had them, dev being what it held out. -> ([Game], what they are, in words)
-
-    DataError where dev is asked for, and the train games at hand are not those of the run.
-    """
-    return games_as(read_json(Path(run, "config.json"))["flags"], read_json(Path(run, "data.json"))["train"], split, data, run)
-
-
-def games_as(flags, source, split, data, run):
-    """`games_of_run`, by the run's flags (sft.py has fewer) and the words for its train games."""
-    n = flags.get("n_generated", COMPLETE["train"]) // (1 if split in ("dev", "train") else 4)
-    games, found = games_for(kind_of(source), data or flags["data"], "train" if split == "dev" else split, n)
-    if split != "dev":
-        return games, found
-    if not same_games(found, source):
-        raise DataError(f"{run} was trained on other games ({source}; now {found}): name theirs by --data")
-    dev = [game for game in split_dev(games, flags.get("dev_games", 200))[1] if game.task_type != flags.get("without")]
-    return dev, f"{len(dev)} games held out of {found}"
-
-
-def kind_of(source):
-    """What `games_for` says of its games -> alfworld, generated or tiny"""
-    return next((kind for kind in ("generated", "tiny") if f" {kind} games of " in source), "alfworld")
-
-
-def same_games(source, other):
-    """Whether two sources of `games_for` name the same games; their folder may have moved."""
-    named = lambda source: source.partition(" from ")[0].removesuffix(NOT_FOUND)
-    return named(source) == named(other)
-
-
-def game_flags(group, split):
-    """The flags that say which games: the arguments of `games_for`, for an argparse parser or group. `split`: the default."""
-    group.add_argument("--data", metavar="DIR", help="folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else alfworld's cache)")
-    group.add_argument("--games", default="auto", choices=GAMES, help="where games come from; tiny: small generated ones of short tasks")
-    group.add_argument("--split", default=split, help="dev (held out of train), or a folder of the data: train, valid_seen, valid_unseen")
-
-
 def write_games(games, out_dir, split):
     """Write pairs (id, data), as `generate` yields them, to out_dir/json_2.1.1/<split>/<id>/ -> how many.
 
@@ -199,38 +160,3 @@ def download(folder):
                     archive.extract(name, folder)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot download {URL}: {getattr(error, 'reason', error)}") from None
-
-
-def main():
-    parser = Parser(__doc__, usage="%(prog)s (--list | --download | --out DIR) [flags]")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--list", action="store_true", help="say what data is found, with counts")
-    action.add_argument("--download", action="store_true", help="download alfworld's own games")
-    action.add_argument("--out", metavar="DIR", help="write generated games to DIR/json_2.1.1/SPLIT")
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="folder with json_2.1.1, or to --download to (default: $ALFWORLD_DATA, else alfworld's cache)")
-    add("--split", default="train", choices=SPLITS, help="which games to generate")
-    add("--n", type=int, default=1000, help="how many games to generate")
-    add("--seed", type=a_seed, default=0, help="another seed, other games")
-    args = parser.parse_args()
-    if args.n < 1:
-        parser.error(f"--n {args.n}: must be at least 1")
-    if args.out:
-        if args.split in splits_of(Path(args.out, "json_2.1.1")):
-            raise DataError(f"{args.out} has games of {args.split} already, which new ones would be mixed with: another --out")
-        games = tqdm(generate(args.split, args.n, args.seed), f"write {args.split}", args.n, unit="game", disable=None)
-        print(f"{write_games(games, args.out, args.split):,} games of {args.split} in {args.out}: use --data {args.out}")
-        return
-    if args.download:
-        download(Path(args.data or os.environ.get("ALFWORLD_DATA") or CACHE).expanduser())
-    folder = find_data(args.data)
-    if folder is None:
-        print(f"no ALFWorld data by --data, by $ALFWORLD_DATA or in {CACHE}: games are generated")
-        return
-    print(f"ALFWorld data in {folder}:")
-    for split in splits_of(folder):
-        print(f"  {split:<13} {len(game_files(folder, split)):>5,} games" + f" of {COMPLETE.get(split, 0):,}" * (split in COMPLETE))
-
-
-if __name__ == "__main__":
-    command_line(main)

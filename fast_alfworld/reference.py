@@ -10,11 +10,11 @@ from a grammar. `AlfworldEnv` is checked against it (tests/test_parity.py) and `
 
 from importlib.metadata import version
 
-from env import Info
-from generate import DataError
+from .engine import Info
+from .gamefile import DataError
 
 
-class StockAlfworldEnv:
+class ReferenceEnv:
     """alfworld's engine; the game must come from a file (`games.py --out` writes generated ones)."""
 
     def __init__(self, max_steps=50):

@@ -23,14 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from env import AlfworldEnv, Game
+from .engine import AlfworldEnv
+from .gamefile import DataError, Game
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 UNSEEN_ROOMS = (10, 219, 308, 424)  # the rooms of valid_unseen: nothing that trains may use them
-
-
-class DataError(ValueError):
-    """Games that are asked for and not there; one line for the user."""
 
 
 # --- what the alfworld package knows about its world -------------------------------------------------------------------

@@ -44,6 +44,10 @@ ARITY |= dict.fromkeys(("(objecttype", "(receptacletype", "(objectatlocation", "
 MIDDLE_OF_ROOM = "You are in the middle of a room. Looking quickly around you, you see {}."
 
 
+class DataError(ValueError):
+    """Games that were asked for are missing or unusable; the message is one line."""
+
+
 class GameError(ValueError):
     """A game file that cannot be played; the message is one line and names the file."""
 

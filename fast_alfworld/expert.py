@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import Parser, a_seed, command_line
-from env import NOTHING_HAPPENS, AlfworldEnv
-from games import game_flags, games_for, split_dev
+from .engine import NOTHING_HAPPENS
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -315,43 +313,3 @@ def mistake(expert, right, before, rng):
         f"open {near}", f"close {near}", f"examine {near}", f"examine {hand}", pick(("look", "inventory")),
         f"use {tool}" if task.kind == "look" else f"{pick(tuple(TOOLS))} {hand} with {tool}",
     ) if command != right])
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-def report(demos, max_steps):
-    """-> lines: mean actions and success within so many actions, by kind of task and in all."""
-    kinds = [parse_task(demo.task).kind for demo in demos]
-    caps = sorted({20, 30, 50, max_steps} - set(range(max_steps + 1, 51)))
-    lines = [f"{'task':6}{'games':>7}{'actions':>9}" + "".join(f"{f'won in {cap}':>11}" for cap in caps)]
-    for kind in (*sorted(set(kinds)), "all"):
-        mine = [demo for demo, k in zip(demos, kinds) if kind in (k, "all")]
-        within = [np.mean([demo.won and len(demo.steps) <= cap for demo in mine]) for cap in caps]
-        actions = np.mean([len(demo.steps) for demo in mine])
-        lines.append(f"{kind:6}{len(mine):7,}{actions:9.2f}" + "".join(f"{share:11.1%}" for share in within))
-    return lines
-
-
-def main():
-    parser = Parser(__doc__)
-    game_flags(parser, "valid_seen")
-    parser.add_argument("--max-steps", type=int, default=30, help="actions after which an episode is cut")
-    parser.add_argument("--mistakes", type=float, default=0.0, help="chance that a mistake is played instead of the expert's action")
-    parser.add_argument("--order-noise", type=float, default=0.0, help="disturbance of the search order, in log units")
-    parser.add_argument("--seed", type=a_seed, default=0, help="of mistakes and disturbances")
-    args = parser.parse_args()
-    if not (0 <= args.mistakes <= 1 and 0 <= args.order_noise <= 10) or args.max_steps < 1:
-        parser.error("--mistakes lies in 0 … 1, --order-noise in 0 … 10, --max-steps is at least 1")
-    games, _ = games_for(args.games, args.data, args.split)
-    prior = fit_prior(split_dev(games_for(args.games, args.data, "train")[0])[0])
-    rng, env = np.random.default_rng(args.seed), AlfworldEnv()
-    expert = Expert(prior, rng, args.order_noise)
-    start = time.perf_counter()
-    demos = [demonstrate(env, game, expert, rng, args.mistakes, args.max_steps) for game in games]
-    speed = len(demos) / (time.perf_counter() - start)
-    wrong = np.mean([not step.trained for demo in demos for step in demo.steps])
-    print(*report(demos, args.max_steps), f"{speed:,.0f} demonstrations/s; {wrong:.1%} of the actions are mistakes", sep="\n")
-
-
-if __name__ == "__main__":
-    command_line(main)
