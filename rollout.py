@@ -1,36 +1,49 @@
-"""Stage 1: play many episodes at once with a policy, by batched sampling from a KV cache.
+"""Stage 1: play many episodes at once with a policy, by batched sampling on a KV cache.
 
-    trajectories = list(rollout(policy, tokenizer, [(game, 0), (game, 1), …], temperature=0.3, seed=0))
+    trajectories = list(rollout(policy, tokenizer, [Episode(game, 0), Episode(game, 1)], seed=0))
 
-Continuous batching: `slots` episodes are in flight; one that ends is replaced at once. The rollouts of one game share its
-prompt, which is encoded once. Every random number is named by (seed, game, episode, step, token), so an episode's luck does
-not depend on its neighbours in the batch.
+One forward pass an environment step: each row brings the world's last answer and the prefix tree
+of its next candidates (candidates.py). An episode that ends is replaced at once (continuous
+batching); episodes of one game share its encoded prompt. Every random number is keyed by (seed,
+game, episode, step), so an episode does not depend on its neighbours in the batch.
 """
 
-from collections import deque
+import json
+import os
+import signal
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from common import UserError, key, uniform
-from env import NOTHING_HAPPENS, AlfworldEnv
+from candidates import draw, extend, keep_branch, tree_builder
+from fast_alfworld import AlfworldEnv
 from model import Cache
-from tokenizer import END, SPECIAL, split_intro
+from tokenizer import ACT, END, SPECIAL, split_intro
+from utils import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
 
-MAX_ACTION = 16  # tokens, <end> included
-FROM_DEMONSTRATION = 10 ** 6  # `Trajectory.episode` of those that began at a state of a demonstration: this and what is above
+MAX_ACTION = 16  # tokens of a freely generated action; the longest command has fewer
 
 
 @dataclass
 class Trajectory:
-    """One episode as the policy saw and wrote it. `ids` ends with the <end> of the last action."""
+    """One episode. `ids` is the whole transcript, ending with the <end> of the last action.
+
+    T actions: those of the policy itself, without those of a demonstration it may start from.
+    """
     game: str
-    ids: np.ndarray  # (L,) int32: prompt, action, observation, action, …
+    ids: np.ndarray  # (L,) int32
     spans: np.ndarray  # (T, 2) int32: action t is ids[start:end], its <end> included
-    logp: np.ndarray  # (T,) float32: log-probability of each action as sampled, summed over its tokens: a record, DPO computes its own
-    forced: np.ndarray  # (T,) bool: the action hit the token cap, so its <end> was not sampled
-    inadmissible: np.ndarray  # (T,) bool: the world answered "Nothing happens."
+    choice: np.ndarray  # (T,) int32: its number among the candidates; -1: not admissible
+    n_candidates: np.ndarray  # (T,) int32
+    logp: np.ndarray  # (T,) float32: log π(a_t|s_t) at the sampling temperature
     reward: float  # 1 if won
     won: bool
     truncated: bool
@@ -41,254 +54,306 @@ class Trajectory:
         return len(self.spans)
 
 
+class Episode(NamedTuple):
+    """An episode to play; `begun` is a transcript up to an <act> to start from, of which the last
+    `played` actions count towards the step cap."""
+    game: Any
+    number: int
+    begun: np.ndarray | None = None
+    played: int = 0
+
+    @property
+    def prompt(self):
+        return self.game.id, None if self.begun is None else self.begun.tobytes()
+
+
+@dataclass
+class Turn:
+    """What an agent sees of the B states at which it has to act; `act` functions get it.
+
+    log_pi (B, C), f (B, C) or None without a PRM, trees: the candidates, names (4, B): RNG keys.
+    For those that look ahead: the policy, its cache, and for each state its cache row and the
+    tokens in it.
+    """
+    log_pi: torch.Tensor
+    f: torch.Tensor | None
+    trees: list
+    names: np.ndarray
+    histories: list
+    policy: Any = None
+    tokenizer: Any = None
+    cache: Any = None
+    rows: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+
+
+def sample(turn):
+    """a ~ π(·|s). -> (B,) numbers of candidates"""
+    return draw(turn.log_pi, uniform(*turn.names))
+
+
 @dataclass
 class Row:
-    """An episode in flight."""
-    env: AlfworldEnv
-    game: object
-    episode: int
-    key: int  # a number for the game, to name random numbers by
-    ids: list  # all tokens so far; the cache holds a beginning of them
-    info: dict
-    prompt: tuple  # a name for what it began with
-    start: int = 0  # where in ids the action being written begins
-    action_logp: float = 0.0
+    """An episode in flight; the cache holds all of `ids` but what came since the last turn."""
+    env: Any
+    episode: Episode
+    ids: list
+    commands: tuple
     spans: list = field(default_factory=list)
+    choice: list = field(default_factory=list)
+    counts: list = field(default_factory=list)
     logp: list = field(default_factory=list)
-    forced: list = field(default_factory=list)
-    inadmissible: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.start = len(self.ids)
 
 
 @torch.no_grad()
-def rollout(policy, tokenizer, episodes, *, temperature=0.3, seed=0, slots=None, max_steps=30, admissible=False, choose=None,
-            make_env=AlfworldEnv):
-    """Yield a Trajectory for each (game, episode number), in the order in which they end.
+def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=0, slots=None,
+            act=sample, prm=None, free=False, make_env=AlfworldEnv):
+    """Yield a Trajectory for each Episode, in the order in which they end.
 
-    An episode (game, number, ids) begins in the midst of a transcript, `ids` up to an <act>: the actions in it are played first, and
-    neither count nor belong to the Trajectory's own (its `spans`); (game, number, ids, n): n of them count. temperature 0 is greedy.
-    slots: episodes in flight (default: `slots_for`). An episode is cut after `max_steps` actions or when it would outgrow the model's context.
-    `admissible` restricts sampling to the commands the world would accept (for comparison; free generation otherwise).
-    `choose` takes the place of plain sampling (search.py) and gives whole actions; it leaves the cache and lengths as they are.
-
-    Every turn of the loop feeds each row what its cache lacks, one sampled token or the world's answer, and samples one token: no
-    row waits for another to finish its action.
+    temperature 0 is greedy. act(Turn) -> numbers of the chosen candidates. slots: episodes in
+    flight. free: generate actions token by token, without the candidates (`act` is not asked).
+    An episode is cut after max_steps actions or when it would outgrow the model's context.
     """
-    waiting = deque(episodes)
+    waiting, models, turn = deque(episodes), [policy, *([prm] if prm else [])], 0
     slots = min(slots or slots_for(policy), len(waiting))
-    left = {}  # name of a prompt -> episodes still to start, so that it can be forgotten in time
-    for episode in waiting:
-        left[prompt_of(*episode)] = left.get(prompt_of(*episode), 0) + 1
-    cache = Cache(policy.config, slots, 0, policy.cos.device)
-    prompts = {}  # name of a prompt -> cached keys and values of its prompt without the last token
-    rows, envs = [None] * slots, [make_env(max_steps) for _ in range(slots)]
-    lengths = np.zeros(slots, dtype=np.int64)  # tokens in the cache
-
-    def draw(live, h):
-        """The next token of each live row, or the action that `choose` gives, from hidden states h (B, D). -> [(ids, log-probability)]"""
-        names = np.array([(seed, rows[i].key, rows[i].episode, len(rows[i].spans), len(rows[i].ids) - rows[i].start) for i in live]).T
-        if choose:
-            drawn = zip(*choose(policy, tokenizer, cache, live, lengths, h, names[:-1], temperature, [rows[i].ids for i in live]))
-            return [(action[:-1] if forced else action, logp) for action, logp, forced in drawn]
-        allowed = [continuations(tokenizer, rows[i].info["admissible_commands"], rows[i].ids[rows[i].start:]) for i in live] if admissible else None
-        tokens, logps = sample_tokens(policy, h, names, temperature, allowed)
-        return [([token], logp) for token, logp in zip(tokens.tolist(), logps.tolist())]
-
-    turn = 0
+    left = Counter(episode.prompt for episode in waiting)  # so that prompts can be forgotten
+    caches = [Cache(model.config, slots, model.device) for model in models]
+    rows, lengths, prompts = [None] * slots, np.zeros(slots, np.int64), {}
+    tree_of, context = tree_builder(tokenizer), policy.config.max_len
     while waiting or any(rows):
-        turn += 1
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
-                rows[i] = begin(Row, envs[i], tokenizer, policy.config.max_len, *waiting.popleft())
+                rows[i], lengths[i] = begin(make_env(max_steps), tokenizer, waiting.popleft()), 0
+                if len(rows[i].ids) + MAX_ACTION > context:
+                    raise UserError(f"{rows[i].episode.game.id}: its first observation has "
+                                    f"{len(rows[i].ids)} tokens, too many for a context of {context}")
                 started.append(i)
-        encode_prompts(policy, cache, [(i, rows[i].prompt, rows[i].ids[:-1]) for i in started], prompts)
+        fill_prompts(models, caches, rows, lengths, started, prompts)
         for i in started:
-            lengths[i] = len(rows[i].ids) - 1
-            left[rows[i].prompt] -= 1
-            if not left[rows[i].prompt]:
-                del prompts[rows[i].prompt]
-        live = np.array([i for i in range(len(rows)) if rows[i]])
-        if 2 * len(live) <= len(rows) or turn % 32 == 0:  # close gaps, and let rows of like length stand together (Transformer.extend)
+            left[rows[i].episode.prompt] -= 1
+            if not left[rows[i].episode.prompt]:
+                prompts.pop(rows[i].episode.prompt, None)
+        live = np.array([i for i, row in enumerate(rows) if row])
+        turn += 1
+        if 2 * len(live) <= len(rows) or turn % 32 == 0:  # neighbours get similar lengths
             live = live[np.argsort(lengths[live], kind="stable")]
-            rows, envs, lengths, cache = [rows[i] for i in live], [envs[i] for i in live], lengths[live], cache.take(live)
+            rows, lengths = [rows[i] for i in live], lengths[live]
+            for cache in caches:
+                cache.take(live)
             live = np.arange(len(rows))
-        h = feed(policy, cache, live, lengths, [rows[i].ids[lengths[i]:] for i in live])
-        for i, (tokens, logp) in zip(live, draw(live, h)):
-            row = rows[i]
-            row.ids += tokens
-            row.action_logp += logp
-            if row.ids[-1] != END and len(row.ids) - row.start < MAX_ACTION - 1:
-                continue
-            trajectory = act(row, tokenizer, policy.config.max_len, seed)
-            if trajectory is not None:
+        chains = [row.ids[n:] if row else [] for row, n in zip(rows, lengths)]
+        names = np.array([(seed, key(rows[i].episode.game.id), rows[i].episode.number,
+                           len(rows[i].spans)) for i in live]).T
+        if free:
+            h = policy.extend(caches[0], lengths, chains)
+            ends = np.cumsum([len(c) for c in chains])[live] - 1
+            lengths[live] = [len(rows[i].ids) for i in live]
+            actions, logp = generate(policy, caches[0], live, lengths, h[ends], temperature, names)
+            commands = [tokenizer.decode(ids).strip() for ids in actions]
+            chosen = [rows[i].commands.index(c) if c in rows[i].commands else -1
+                      for i, c in zip(live, commands)]
+        else:
+            trees = [tree_of(rows[i].commands) for i in live]
+            log_pi = extend(policy, caches[0], lengths, chains, trees, temperature)
+            f = extend(prm, caches[1], lengths, chains, trees) if prm else None
+            lengths[live] = [len(rows[i].ids) for i in live]
+            picked = act(Turn(log_pi, f, trees, names, [rows[i].ids for i in live], policy,
+                              tokenizer, caches[0], live, lengths))
+            logp = log_pi.gather(1, picked[:, None])[:, 0].tolist()
+            chosen = picked.tolist()
+            paths = [tree.paths[c] for tree, c in zip(trees, chosen)]
+            actions = [tree.ids[path].tolist() for tree, path in zip(trees, paths)]
+            commands = [tree.commands[c] for tree, c in zip(trees, chosen)]
+            for cache in caches:
+                keep_branch(cache, live, lengths[live], paths)
+        lengths[live] += [len(ids) for ids in actions]
+        for i, *action in zip(live, commands, actions, chosen, logp):
+            trajectory = step(rows[i], tokenizer, context, seed, *action)
+            if trajectory:
+                rows[i], lengths[i] = None, 0
                 yield trajectory
-                rows[i] = None
 
 
-def prompt_of(game, episode, begun=None, played=0):
-    """What to know an episode's prompt by: rollouts that begin at the start of a game share it, and those that fork at one state."""
-    return (game.id,) if begun is None else (game.id, begun.tobytes())
+def begin(env, tokenizer, episode):
+    """Reset the world and play what the episode starts from. -> Row"""
+    intro, info = env.reset(episode.game)
+    if episode.begun is None:
+        ids = tokenizer.prompt(*split_intro(intro))
+    else:
+        ids = episode.begun.tolist()
+        for action in tokenizer.actions(ids):
+            info = env.step(action)[-1]
+        env.steps = episode.played
+    return Row(env, episode, list(ids), tuple(info["admissible_commands"]))
 
 
-def begin(kind, env, tokenizer, context, game, episode, begun=None, played=0):
-    """The first turn of an episode, or the next after the transcript `begun` of which `played` actions count,
-    as a `kind`: Row, or a class made from it.
-
-    UserError if it does not fit the context.
-    """
-    intro, info = env.reset(game)
-    for action in () if begun is None else tokenizer.actions(begun):
-        info = env.step(action)[-1]
-    env.steps = played
-    ids = tokenizer.prompt(*split_intro(intro)) if begun is None else begun.tolist()
-    row = kind(env, game, episode, key(game.id), list(ids), info, prompt_of(game, episode, begun))
-    if row.start + MAX_ACTION > context:
-        raise UserError(f"{game.id}: the first observation ({row.start} tokens) does not fit a context of {context}")
-    return row
-
-
-def act(row, tokenizer, context, seed):
-    """Take the action that row.ids ends in to the world. -> the Trajectory if that ends the episode; else None, and the answer is appended"""
-    row.forced.append(row.ids[-1] != END)
-    if row.forced[-1]:
-        row.ids.append(END)
-    row.spans.append((row.start, len(row.ids)))
-    row.logp.append(row.action_logp)
-    observation, reward, won, truncated, row.info = row.env.step(tokenizer.decode(row.ids[row.start:]))
-    row.inadmissible.append(observation == NOTHING_HAPPENS)
+def step(row, tokenizer, context, seed, command, ids, choice, logp):
+    """Take one action to the world. -> the Trajectory if that ends the episode, else None"""
+    row.spans.append((len(row.ids), len(row.ids) + len(ids) + 1))
+    row.ids += [*ids, END]
+    row.choice.append(choice), row.counts.append(len(row.commands)), row.logp.append(logp)
+    observation, reward, won, truncated, info = row.env.step(command)
     answer = tokenizer.turn(observation)
-    truncated = truncated or (not won and len(row.ids) + len(answer) + MAX_ACTION > context)
+    row.commands = tuple(info["admissible_commands"])
+    room = context - len(row.ids) - len(answer)  # an upper bound of the tree's size is needed
+    truncated = truncated or not won and room < 4 * len(row.commands) + MAX_ACTION
     if won or truncated:
-        return Trajectory(row.game.id, np.array(row.ids, np.int32), np.array(row.spans, np.int32), np.array(row.logp, np.float32),
-                          np.array(row.forced), np.array(row.inadmissible), reward, won, truncated, seed, row.episode)
+        whole = [np.array(x, np.int32) for x in (row.ids, row.spans, row.choice, row.counts)]
+        return Trajectory(row.episode.game.id, *whole, np.array(row.logp, np.float32),
+                          reward, won, truncated, seed, row.episode.number)
     row.ids += answer
-    row.start, row.action_logp = len(row.ids), 0.0
     return None
 
 
-def slots_for(policy, width=1):
-    """Episodes in flight: 128 on a CPU (more gain nothing), 1024 on a GPU, or as many as 2 GiB hold at full length.
+def fill_prompts(models, caches, rows, lengths, started, prompts):
+    """Give each started row the keys and values of its prompt, all but the <act> at its end."""
+    new = {rows[i].episode.prompt: rows[i].ids[:-1] for i in started}
+    new = {name: ids for name, ids in new.items() if name not in prompts}
+    if new:
+        fresh = [Cache(model.config, len(new), model.device) for model in models]
+        for model, cache in zip(models, fresh):
+            model.extend(cache, np.zeros(len(new), np.int64), list(new.values()))
+        for j, (name, ids) in enumerate(new.items()):
+            prompts[name] = [cache.read(j, len(ids)) for cache in fresh]
+    for i in started:
+        for cache, saved in zip(caches, prompts[rows[i].episode.prompt]):
+            cache.write(i, saved)
+        lengths[i] = len(rows[i].ids) - 1
 
-    width: actions sampled at each state; as they share rows where they read the same, a quarter of them is counted. Not what happens to
-    be free: a shard must be the same whoever plays it.
+
+def slots_for(policy):
+    """Episodes in flight: 128 on a CPU, 1024 on a GPU, fewer where a cache would exceed 2 GiB.
+
+    Not by what happens to be free: a shard must be the same whoever plays it.
     """
-    device, c = policy.cos.device, policy.config
-    row = 2 * c.max_len * Cache(c, 1, 1, device).k.nbytes  # bytes
-    return max(1, min(128 if device.type == "cpu" else 1024, 2 ** 31 // (row * (1 + width // 4))))
+    c, size = policy.config, 4 if policy.device.type == "cpu" else 2
+    row = 2 * c.n_layers * c.n_kv_heads * c.max_len * (c.dim // c.n_heads) * size  # bytes
+    return max(1, min(128 if policy.device.type == "cpu" else 1024, 2 ** 31 // row))
 
 
-def encode_prompts(policy, cache, started, prompts):
-    """Put each started row's prompt (row, name, ids) into the cache; a prompt seen before is copied from `prompts`."""
-    new = {name: (row, ids) for row, name, ids in reversed(started) if name not in prompts}
-    order = sorted(new.values())
-    if order:
-        feed(policy, cache, np.array([row for row, _ in order]), np.zeros(cache.rows, np.int64), [ids for _, ids in order])
-        for name, (row, ids) in new.items():
-            prompts[name] = cache.read(row, len(ids))
-    for row, name, _ in started:
-        cache.write(row, prompts[name])
+def replay(trajectory, game, tokenizer):
+    """The candidates of every state of a trajectory: list of T tuples of commands."""
+    env, own, out = AlfworldEnv(), len(trajectory), []
+    _, info = env.reset(game)
+    for action in tokenizer.actions(trajectory.ids):
+        out.append(tuple(info["admissible_commands"]))
+        info = env.step(action)[-1]
+    return out[-own:]
 
 
-def feed(policy, cache, rows, lengths, tokens):
-    """Append tokens[j] to cache row rows[j] (ascending), raising lengths. -> hidden state of each row's last token, (B, D)."""
-    counts = np.array([len(t) for t in tokens])
-    ends = counts.cumsum()
-    slots = np.arange(ends[-1]) + np.repeat(lengths[rows] - (ends - counts), counts)
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(policy.cos.device)
-    h = policy.extend(to(np.concatenate([np.asarray(t, np.int64) for t in tokens])), to(np.repeat(rows, counts)), to(slots), cache)
-    lengths[rows] += counts
-    return h[to(ends - 1)]
+# --- free generation -----------------------------------------------------------------------------
 
+def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most=MAX_ACTION):
+    """Sample token by token in cache rows (B,) that end with the hidden states h (B, D).
 
-def sample_tokens(policy, h, names, temperature, allowed=None, last=END):
-    """Sample one action token a row, given hidden states h (B, D). -> ids (B,), log-probabilities (B,) at this temperature, in numpy.
-
-    names (k, B): integers that name each row's random number. allowed: a set of ids a row, or all. last: as in `action_logprobs`.
+    lengths (all rows,): tokens in the cache. names (k, B): RNG keys. Up to `most` tokens, until
+    `last`: <end> for an action, <act> for an answer of the world. The cache gets all tokens but
+    `last`; lengths stay as they are. -> ids without `last`, log-probabilities (B,) of all sampled
     """
-    logp = action_logprobs(policy.logits(h), temperature, last)  # (B, V)
-    if allowed is not None:
-        logp = constrain(logp, allowed)
-    if temperature == 0:
-        chosen = logp.argmax(-1)
-    else:
-        u = torch.from_numpy(uniform(*names)).to(logp.device)
-        cdf = logp.double().exp().cumsum(-1)
-        chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    return chosen.cpu().numpy(), logp.gather(-1, chosen[:, None])[:, 0].double().cpu().numpy()
-
-
-def sample_actions(policy, cache, lengths, h, names, temperature, n=1, last=END, most=MAX_ACTION):
-    """Sample n actions in each of the B rows of the cache, given the hidden states h (B, D) of the <act> before; names (k, B·n) as above.
-
-    -> ids of each sample (ending in <end>), their summed log-probabilities, and whether the <end> had to be forced. With n = 1 the
-    cache gets all but the <end>. Samples of a row share a cache row for as long as they read the same, which at low temperatures is
-    long. With last=ACT what is sampled is the world's answer to an action; `most`: tokens, the last included.
-    """
-    actions, logps = [[] for _ in names[0]], np.zeros(len(names[0]))
-    going, row = np.arange(len(actions)), np.repeat(np.arange(len(lengths)), n)  # samples without an end; the cache row of each sample
-    at = row.copy()  # and its place in h
-    for token in range(most - 1):
-        chosen, logp = sample_tokens(policy, h[torch.from_numpy(at[going]).to(h.device)], (*names[:, going], token), temperature, last=last)
-        logps[going] += logp
-        for j, c in zip(going, chosen.tolist()):
-            actions[j].append(c)
-        on = chosen != last
-        going, chosen = going[on], chosen[on]
-        if not len(going):
+    out, logp, going = [[] for _ in rows], np.zeros(len(rows)), np.arange(len(rows))
+    lengths, special = lengths.copy(), [i for i in range(len(SPECIAL)) if i != last]
+    for k in range(most):
+        logits = policy.logits(h).float()
+        logits[:, special] = -torch.inf
+        if temperature == 0:
+            log_p = torch.log_softmax(logits, -1)
+            tokens = log_p.argmax(-1)
+        else:
+            log_p = torch.log_softmax(logits / temperature, -1)
+            tokens = draw(log_p, uniform(*names[:, going], k))
+        logp[going] += log_p.gather(1, tokens[:, None])[:, 0].double().cpu().numpy()
+        tokens = tokens.cpu().numpy()
+        going, tokens = going[tokens != last], tokens[tokens != last]
+        if not len(going) or k == most - 1:
             break
-        # samples of one cache row that drew the same token go on sharing it; those that drew different ones part here
-        V = policy.config.vocab_size
-        different, at[going] = np.unique(row[going] * V + chosen, return_inverse=True)  # distinct (cache row, token)
-        rows, tokens = divmod(different, V)
-        if (rows[1:] == rows[:-1]).any():  # a row goes on in more than one way: a copy for each
-            cache, lengths = cache.take(rows), lengths[rows]
-            row[going], rows = at[going], np.arange(len(rows))
-        h = feed(policy, cache, rows, lengths, tokens[:, None])
-    forced = np.zeros(len(actions), dtype=bool)
-    forced[going] = True
-    for j in going:
-        actions[j].append(last)
-    return actions, logps, forced
+        new = [[] for _ in lengths]
+        for j, token in zip(going, tokens.tolist()):
+            out[j].append(token)
+            new[rows[j]].append(token)
+        order = np.argsort(rows[going], kind="stable")
+        going = going[order]
+        h = policy.extend(cache, lengths, new)
+        lengths[rows[going]] += 1
+    return out, logp
 
 
-def branch(policy, cache, owner, lengths, h, n, names, temperature):
-    """Sample n actions at each of B states without touching their cache: state j is the first lengths[j] places of row owner[j].
+# --- shards: rollouts on disk, played by any number of processes ---------------------------------
 
-    h (B, D) and names (k, B) as in `sample_actions`. -> B lists of n (action ids, log-probability, forced).
+def play_shards(shards, folder, device, workers, **options):
+    """Play each shard (file, episodes) that is not on disk yet with the policy in `folder`.
+
+    A shard is the same whoever plays it, before or after a kill: one thread, its own batch, random
+    numbers by key. Yields, many times, how many episodes have ended and how many were won.
+    UserError if a worker process dies.
     """
-    names = np.vstack([np.repeat(names, n, axis=1), np.tile(np.arange(n), len(owner))])
-    copy = copied_rows(policy, cache, owner, int(lengths.max()))
-    drawn = list(zip(*sample_actions(policy, copy, lengths.copy(), h, names, temperature, n)))
-    return [drawn[i:i + n] for i in range(0, len(drawn), n)]
+    missing = [shard for shard in shards if not shard[0].exists()]
+    done = [t.won for file, _ in shards if file.exists() for t in load_trajectories(file)]
+    ended = np.array([len(done), sum(done)])
+    yield ended
+    workers, context = max(1, min(workers, len(missing))), get_context("spawn")
+    counters = [context.Array("q", 2, lock=False) for _ in range(workers)]
+    processes = [context.Process(target=_play, daemon=True, args=(
+        os.getpid(), missing[w::workers], folder, str(device), counters[w], options))
+        for w in range(workers) if missing]
+    try:
+        for process in processes:
+            process.start()
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+            wait([p.sentinel for p in processes if p.is_alive()], 0.2)
+            yield ended + np.sum(counters, axis=0)
+        if any(p.exitcode for p in processes):
+            raise UserError("a process that played rollouts has died; the same command continues "
+                            "from the last whole shard")
+    finally:
+        for process in processes:
+            if process.pid:
+                process.kill()
 
 
-def copied_rows(model, cache, owner, length):
-    """A copy of the first `length` places of cache rows `owner`, with room for an action."""
-    rows = torch.from_numpy(owner).to(model.cos.device)
-    copy = Cache(model.config, len(rows), length + MAX_ACTION, model.cos.device)
-    copy.k[:, :, :, :length], copy.v[:, :, :, :length] = cache.k[:, rows, :, :length], cache.v[:, rows, :, :length]
-    return copy
+def _play(parent, shards, folder, device, counter, options):
+    """Play and write shards one after the other, in a process that ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with(parent)
+    set_up_torch(1)
+    try:
+        policy, tokenizer = read_model(folder, device)
+        for file, episodes in shards:
+            trajectories = []
+            for trajectory in rollout(policy, tokenizer, episodes, **options):
+                trajectories.append(trajectory)
+                counter[0] += 1
+                counter[1] += trajectory.won
+            save_trajectories(file, sorted(trajectories, key=lambda t: (t.game, t.episode)))
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
-def action_logprobs(logits, temperature, last=END):
-    """Log-probabilities of the next action token: at the sampling temperature, special tokens other than `last`, which ends it, masked."""
-    logits = logits.float().clone()
-    logits[..., [i for i in range(len(SPECIAL)) if i != last]] = -torch.inf
-    return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+PER_ACTION = ("spans", "choice", "n_candidates", "logp")
+PER_EPISODE = ("reward", "won", "truncated", "seed", "episode")
 
 
-def continuations(tokenizer, commands, begun):
-    """The ids that continue an action so that it can still become one of the commands."""
-    actions = [tokenizer.action(c) for c in commands]
-    return {a[len(begun)] for a in actions if list(a[:len(begun)]) == begun}
+def save_trajectories(path, trajectories):
+    """One shard: flat arrays, and the lengths to cut them by."""
+    arrays = {name: np.concatenate([getattr(t, name) for t in trajectories])
+              for name in ("ids", *PER_ACTION)}
+    arrays |= {name: np.array([getattr(t, name) for t in trajectories]) for name in PER_EPISODE}
+    arrays["tokens"] = np.array([len(t.ids) for t in trajectories])
+    arrays["actions"] = np.array([len(t) for t in trajectories])
+    games = json.dumps([t.game for t in trajectories])
+    write_file(path, lambda p: save_file(arrays, str(p), metadata={"games": games}))
 
 
-def constrain(logp, allowed):
-    """Renormalise each row of logp (B, V) on its set of allowed ids."""
-    mask = torch.full_like(logp, -torch.inf)
-    for row, ids in zip(mask, allowed):
-        row[list(ids)] = 0.0
-    return torch.log_softmax(logp + mask, dim=-1)
+def load_trajectories(path):
+    """A shard -> list of Trajectory. UserError where the file is damaged."""
+    try:
+        with safe_open(str(path), "np") as f:
+            a = {name: f.get_tensor(name) for name in f.keys()}
+            games = json.loads(f.metadata()["games"])
+        cut = lambda name, by: np.split(a[name], a[by].cumsum()[:-1])
+        columns = [cut("ids", "tokens"), *(cut(name, "actions") for name in PER_ACTION),
+                   *(a[name].tolist() for name in PER_EPISODE)]
+        return [Trajectory(*values) for values in zip(games, *columns, strict=True)]
+    except Exception as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete it, and the same command plays it "
+                        "again") from error

@@ -1,0 +1,252 @@
+"""The candidate actions of a state: log π(a|s) and Q(s, a) of all of them from one forward pass.
+
+A state comes with its admissible commands A(s). The policy is a softmax over whole commands,
+
+    log π(a|s) = ℓ(a|s)/T − log Σ_{b∈A(s)} exp(ℓ(b|s)/T),     ℓ(a|s) = Σ_k log p(a_k | s, a_<k),
+
+the <end> token included. The commands are laid out as a prefix tree behind the history:
+
+    <task> … <obs> … <act> ─┬─ go to ─┬─ desk ─── 1 ─── <end>
+                            │         └─ shelf ─┬─ 1 ── <end>
+                            │                   └─ 2 ── <end>
+                            └─ look ─── <end>
+
+The policy reads log p of each token at its parent; the PRM reads Q(s, a) at the <end> of a.
+In rollouts the history is in a KV cache (`extend`); in training a whole trajectory and the trees of
+several of its states are one sequence (`score_states`). A batch of states is a (B, C) tensor,
+padded with FORBIDDEN where a state has fewer than C candidates.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tokenizer import END
+
+FORBIDDEN = -1e9  # log-probability of padding; finite, so that 0 · log 0 is 0
+
+
+class PrefixTree:
+    """The prefix tree of some commands.
+
+    ids (n + C,): the tokens of the n inner nodes, parents first, then <end> once for each of the C
+    commands, in order. depth (n + C,): distance from the <act>, 0 for first tokens. seen
+    (n + C, n + C) bool: whether node i sees node j, which is an ancestor or itself. paths: the
+    nodes of each command without its <end>. For every token of every command, <end> included:
+    `command`, its number; `token`; `before`, the node that predicts it, 0 being the <act> and
+    1 + i node i.
+    """
+
+    def __init__(self, commands, encode):
+        self.commands = commands
+        ids, parent, depth, child_of, self.paths = [], [], [], {}, []
+        command, token, before = [], [], []
+        for c, text in enumerate(commands):
+            at, path = -1, []
+            for k, t in enumerate(encode(text)):
+                command.append(c), token.append(t), before.append(at + 1)
+                if (at, t) not in child_of:
+                    child_of[at, t] = len(ids)
+                    ids.append(t), parent.append(at), depth.append(k)
+                at = child_of[at, t]
+                path.append(at)
+            command.append(c), token.append(END), before.append(at + 1)
+            self.paths.append(np.array(path, np.int64))
+        self.n = n = len(ids)
+        leaves = [path[-1] if len(path) else -1 for path in self.paths]
+        self.ids = np.array(ids + [END] * len(commands), np.int64)
+        self.depth = np.array(depth + [len(path) for path in self.paths], np.int64)
+        self.seen = np.eye(len(self.ids), dtype=bool)
+        for i, p in enumerate(parent + leaves):
+            if p >= 0:
+                self.seen[i] |= self.seen[p]
+        self.command, self.token, self.before = map(np.array, (command, token, before))
+
+    def __len__(self):
+        return len(self.commands)
+
+    def nodes(self, ends):
+        """How many nodes a forward pass takes: a policy needs no <end> as input, a PRM does."""
+        return len(self.ids) if ends else self.n
+
+
+def tree_builder(tokenizer, size=4096):
+    """-> tree(commands): the PrefixTree of a tuple of commands; states recur, so it is cached."""
+    return lru_cache(size)(lambda commands: PrefixTree(commands, tokenizer.encode))
+
+
+# --- exact quantities of a batch of states, all (B, C) -> (B,) or (B, C) -------------------------
+
+def entropy(log_pi):
+    """H(π(·|s)) in nats."""
+    return -(log_pi.exp() * log_pi).sum(-1)
+
+
+def kl(log_p, log_q):
+    """KL(p ‖ q) in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def expected(log_pi, q):
+    """E_{a~π}[Q(s, a)]."""
+    return (log_pi.exp() * q).sum(-1)
+
+
+def tilt(log_pi, q, beta):
+    """log of π(a|s)·exp(Q(s,a)/β)/Z(s): maximises E[Q] − β KL(· ‖ π) (METHOD, equation 1).
+
+    β = ∞ leaves π as it is.
+    """
+    return torch.log_softmax(log_pi + q / beta, dim=-1)
+
+
+def draw(log_pi, u):
+    """Sample one candidate a state by inverse CDF: log_pi (B, C), u (B,) in [0, 1) -> (B,)."""
+    cdf = log_pi.double().exp().cumsum(-1)
+    u = torch.as_tensor(u, dtype=torch.double, device=log_pi.device)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=log_pi.shape[1] - 1)
+
+
+# --- from hidden states to log π and f -----------------------------------------------------------
+
+def log_policy(policy, h, trees, temperature):
+    """log π(·|s) of B states.
+
+    h (Σ(1 + n_b), D): for each state the hidden state of its <act>, then of its n_b inner nodes.
+    temperature 0 puts all probability on the most likely command. -> (B, C)
+    """
+    offsets = np.cumsum([0] + [1 + tree.n for tree in trees])[:-1]
+    first = np.cumsum([0] + [len(tree) for tree in trees])[:-1]
+    to = lambda arrays: torch.from_numpy(np.concatenate(arrays)).to(h.device)
+    before = to([tree.before + o for tree, o in zip(trees, offsets)])
+    command = to([tree.command + f for tree, f in zip(trees, first)])
+    logits = policy.logits(h).float()  # (Σ(1 + n_b), V)
+    token = to([tree.token for tree in trees])
+    log_p = logits[before, token] - logits.logsumexp(-1)[before]  # of every token of every command
+    likelihood = log_p.new_zeros(sum(map(len, trees))).index_add(0, command, log_p)  # ℓ
+    likelihood = padded(likelihood, trees, FORBIDDEN)
+    if temperature == 0:
+        best = F.one_hot(likelihood.argmax(-1), likelihood.shape[1])
+        return torch.where(best == 1, 0.0, FORBIDDEN)
+    return torch.log_softmax((likelihood / temperature).clamp(min=FORBIDDEN), dim=-1)
+
+
+def action_scores(prm, h, trees):
+    """f(s, ·) of B states from the hidden states h (ΣC_b, D) of all <end>s. -> (B, C), padded 0"""
+    return padded(prm.scores(h).float(), trees, 0.0)
+
+
+def padded(values, trees, value):
+    """(ΣC_b,) -> (B, C), a row a state."""
+    rows = values.split([len(tree) for tree in trees])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+# --- with a KV cache: one forward pass a step ----------------------------------------------------
+
+def extend(model, cache, starts, chains, trees, temperature=1.0):
+    """Append to each cache row a chain of tokens, then score the candidates behind it.
+
+    starts (rows,): tokens the row holds. chains: the new ids of every row, up to an <act>; a row
+    without tokens takes no part. trees: a PrefixTree for every row with tokens, in order; the
+    tree's keys and values lie in the cache behind the chain (`keep_branch`).
+    -> log π (B, C) of a policy, f (B, C) of a PRM
+    """
+    ends = model.config.head == "score"
+    behind, tokens, waiting = [], [], iter(trees)
+    for chain in chains:
+        tree = next(waiting) if len(chain) else None
+        n = tree.nodes(ends) if tree else 0
+        behind.append((tree.depth[:n], tree.seen[:n, :n]) if tree else
+                      (np.empty(0, np.int64), np.empty((0, 0), bool)))
+        tokens.append(np.concatenate([chain, tree.ids[:n]]) if tree else np.empty(0, np.int64))
+    h = model.extend(cache, starts, tokens, behind)  # (N, D)
+    last = np.cumsum([len(t) for t in tokens])  # behind each row's tokens
+    places = []
+    for chain, end, (depth, _) in zip(chains, last, behind):
+        if len(chain):
+            act = end - len(depth) - 1  # the hidden state of the <act>
+            tree = trees[len(places)]
+            places.append(np.arange(end - len(tree), end) if ends else np.arange(act, end))
+    h = h[torch.from_numpy(np.concatenate(places)).to(h.device)]
+    return action_scores(model, h, trees) if ends else log_policy(model, h, trees, temperature)
+
+
+def keep_branch(cache, rows, lengths, paths):
+    """Of the trees behind lengths (B,) tokens of cache rows (B,), keep the chosen path alone.
+
+    paths: the nodes of each chosen command. Its keys and values are moved, not computed again.
+    """
+    counts = [len(path) for path in paths]
+    rows, lengths = np.repeat(rows, counts), np.repeat(lengths, counts)
+    target = np.concatenate([np.arange(n) for n in counts])
+    to = lambda array: torch.from_numpy(array).to(cache.k.device)
+    cache.move(to(rows), to(lengths + np.concatenate(paths)), to(lengths + target))
+
+
+# --- without a cache: trajectories with the trees of several of their states ---------------------
+
+class States:
+    """A batch of states of some trajectories, laid out for forward passes of whole sequences.
+
+    sequences: list of (L,) id arrays. states: list of (sequence number, start, PrefixTree), start
+    being the place behind the state's <act>. Each sequence becomes one row: its own tokens, as far
+    as some state sees them, then the trees of its states.
+    """
+
+    def __init__(self, sequences, states, ends):
+        own = [[] for _ in sequences]
+        for n, (b, *_) in enumerate(states):
+            own[b].append(n)
+        self.trees = [tree for *_, tree in states]
+        kept = [b for b, mine in enumerate(own) if mine]
+        lengths, rows = [], []
+        for b in kept:
+            L = max(states[n][1] for n in own[b])
+            lengths.append(L + sum(states[n][2].nodes(ends) for n in own[b]))
+            rows.append((b, L))
+        S = max(lengths, default=0)
+        self.ids = torch.zeros(len(rows), S, dtype=torch.long)
+        positions = torch.zeros(len(rows), S, dtype=torch.long)
+        mask = torch.zeros(len(rows), S, S, dtype=torch.bool)
+        places = [None] * len(states)
+        for r, (b, L) in enumerate(rows):
+            self.ids[r, :L] = torch.from_numpy(np.asarray(sequences[b][:L], np.int64))
+            positions[r, :L] = torch.arange(L)
+            mask[r, :L, :L] = torch.ones(L, L, dtype=torch.bool).tril()
+            at = L
+            for n in own[b]:
+                _, start, tree = states[n]
+                m = tree.nodes(ends)
+                nodes = slice(at, at + m)
+                self.ids[r, nodes] = torch.from_numpy(tree.ids[:m])
+                positions[r, nodes] = torch.from_numpy(tree.depth[:m]) + start
+                mask[r, nodes, :start] = True
+                mask[r, nodes, nodes] = torch.from_numpy(tree.seen[:m, :m])
+                inner = np.append(start - 1, np.arange(at, at + m))
+                places[n] = r * S + (inner[-len(tree):] if ends else inner)
+                at += m
+            mask[r, at:, 0] = True  # padding sees something, so that no softmax is of nothing
+        self.lengths, self.positions, self.mask = torch.tensor(lengths), positions, mask
+        self.places = torch.from_numpy(np.concatenate(places)) if places else None
+
+    def hidden(self, model):
+        """-> (N, D): the hidden states that `log_policy` or `action_scores` asks for."""
+        to = lambda t: t.to(model.device)
+        h = model.ragged(to(self.ids), self.lengths, to(self.positions), to(self.mask))
+        return h.flatten(0, 1)[to(self.places)]
+
+
+def score_states(model, sequences, states, temperature=1.0):
+    """All candidates of some states of some sequences (see `States`), with gradient.
+
+    -> log π (B, C) of a policy at this temperature, f (B, C) of a PRM
+    """
+    ends = model.config.head == "score"
+    batch = States(sequences, states, ends)
+    h = batch.hidden(model)
+    if ends:
+        return action_scores(model, h, batch.trees)
+    return log_policy(model, h, batch.trees, temperature)
