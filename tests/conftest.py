@@ -1,21 +1,22 @@
-"""What all tests share: the published games where there are any, a few generated ones, and a finished run."""
+"""Fixtures of all tests: the published games where there are any, and a few generated ones."""
 
+import os
 import sys
-import time
 from pathlib import Path
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more threads
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def data_dir():
-    """The folder `json_2.1.1` of the published games; tests that ask for it are skipped where there is none."""
-    from games import find_data
+    """The folder `json_2.1.1` of the published games; without it, tests that ask are skipped."""
+    from fast_alfworld import find_data
     folder = find_data()
     if folder is None:
-        pytest.skip("no published games: `python games.py --download` fetches them, or $ALFWORLD_DATA names them")
+        pytest.skip("no published games: `python -m fast_alfworld download`, or set $ALFWORLD_DATA")
     return folder
 
 
@@ -23,15 +24,5 @@ def data_dir():
 def some_games():
     """Sixty generated games, of all six task types."""
     pytest.importorskip("alfworld")
-    from games import generated_split
+    from fast_alfworld import generated_split
     return generated_split("train", 60, seed=0)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """A finished tiny run: its folder, what it printed, when it began."""
-    from tiny import TINY, command
-    folder, began = tmp_path_factory.mktemp("runs") / "tiny", time.time()
-    done = command("train.py", *TINY, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done, began

@@ -1,120 +1,179 @@
-"""What the tests share: a few generated games, a tokenizer, tiny models and their rollouts; each made once."""
+"""What the tests share: a few generated games, a tokenizer, tiny random models, their rollouts.
+
+Each is made once (`lru_cache`). Tests must not change what they get from here: copy it first.
+"""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
+from torch.nn import functional as F
 
-import tellings
-from common import command_line
-from expert import fit_prior
-from flags import parse_flags
-from games import generated_split
+from candidates import PrefixTree
+from fast_alfworld import AlfworldEnv, Expert, demonstrate, fit_prior, generated_split
 from model import Config, Transformer
-from rollout import MAX_ACTION, rollout
-from sft import train_sft, train_tokenizer
-from tokenizer import END
-from train import main as train_main
+from rollout import Episode, replay, rollout
+from tokenizer import END, PAD, Tokenizer, split_intro
+from utils import command_line, generator, pad
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--smoke", "--iters", "2", "--n-generated", "40", "--dev-games", "6", "--demos", "64", "--sft-updates", "8", "--glances", "2", "--checks", "2", "--check-batch", "8", "--rollouts", "24", "--min-games", "6", "--shard", "12",
-        "--pairs", "64", "--states-per-trajectory", "8", "--dim", "32", "--hidden", "64", "--max-steps", "8", "--test-splits", "valid_seen", "--threads", "1"]  # train.py at its smallest
 
-torch.set_num_threads(1)  # on matrices this small a second thread only costs
+torch.set_num_threads(1)  # the models here are too small for more threads
 
+
+# --- games, text, models -------------------------------------------------------------------------
 
 @lru_cache
 def games():
-    return generated_split("train", 40)
+    """24 games of all task types, then 12 small ones, which random play sometimes wins."""
+    return generated_split("train", 24) + generated_split("train", 12, tiny=True)
 
 
 @lru_cache
-def prior():
-    return fit_prior(games())
+def by_id():
+    return {game.id: game for game in games()}
+
+
+def random_play(game, rng, steps=20):
+    """Uniformly random admissible commands. -> (first text, [(command, answer)])"""
+    env, played = AlfworldEnv(), []
+    intro, info = env.reset(game)
+    for _ in range(steps):
+        command = info["admissible_commands"][rng.integers(len(info["admissible_commands"]))]
+        observation, *_, info = env.step(command)
+        played.append((command, observation))
+    return intro, played
+
+
+@lru_cache
+def random_texts():
+    """Everything that random play of all games says, commands included."""
+    texts = []
+    for number, game in enumerate(games()):
+        intro, played = random_play(game, generator("random play", number))
+        texts += [*split_intro(intro), *(text for turn in played for text in turn)]
+    return texts
 
 
 @lru_cache
 def tokenizer():
-    return train_tokenizer(games(), prior(), seed=0)
+    counts = {}
+    for game in games():
+        for name, n in game.counts.items():
+            counts[name] = max(n, counts.get(name, 0))
+    return Tokenizer.train(random_texts(), counts)
+
+
+def random_model(seed=0, head="lm", scale=0.2, **sizes):
+    """Large random weights, norms and biases too, so that no error hides behind a 0 or a 1."""
+    rng = torch.Generator().manual_seed(seed)
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden=64, max_len=1024,
+                 rope_theta=300.0, norm_eps=1e-3) | sizes
+    sizes.setdefault("vocab_size", len(tokenizer()))
+    model = Transformer(Config(head=head, **sizes)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * scale + ("norm" in name))
+    return model
 
 
 @lru_cache
-def tell():
-    """As stages 2 and 3 tell an episode, numbers alone."""
-    return tellings.teller(games(), tokenizer(), 0.0)
+def demonstrations():
+    """[(game, Demonstration)] by the expert, a fifth of the actions being random mistakes."""
+    env, expert = AlfworldEnv(), Expert(fit_prior(games()))
+    return [(game, demonstrate(env, game, expert, generator("demonstration", i, k), mistakes=0.2,
+                               max_steps=12))
+            for i, game in enumerate(games()) for k in range(1 if i < 24 else 8)]
 
 
-def as_it_is(ids, game, rng, any_number=False):
-    """An episode not told anew."""
-    return np.asarray(ids, np.int64)
-
-
-def random_model(seed=0, head="lm", vocab=None, dim=32, layers=2, heads=4, kv_heads=2, hidden=64, context=1024, scale=0.3):
-    """Large random weights, norms and biases too, so that no mistake hides behind a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(Config(vocab or len(tokenizer()), dim, layers, heads, kv_heads, hidden, context, 300.0, 1e-3, head)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * scale + ("norm" in name))
-    return model
+def transcript(demonstration):
+    """The ids of an episode, ending with the <end> of its last action."""
+    ids = [*tokenizer().prompt(demonstration.task, demonstration.observation.split("\n\n")[1])]
+    for step in demonstration.steps:
+        ids += [*tokenizer().encode(step.action), END, *tokenizer().turn(step.observation)]
+    return ids[:len(ids) - ids[::-1].index(END)]
 
 
 @lru_cache
 @torch.enable_grad()  # the first to ask may be a test without
 def taught():
-    """A policy that speaks the language of the game, after some seconds of SFT. Tests must not train it: copy it."""
-    torch.manual_seed(0)
-    policy = Transformer(Config(len(tokenizer()), 32, 2, 4, 2, 64, 1024))
-    with tempfile.TemporaryDirectory() as folder:
-        train_sft(policy, tokenizer(), games(), prior(), demos=1280, updates=1, glanced=0, lr=1e-2, batch=16, seed=0, state=Path(folder, "state"), mistakes=0.15,
-                  obs_weight=0.3, max_steps=20)
-    return policy
+    """A policy that wins most of the small games, after some seconds of training."""
+    model, updates = random_model(seed=3, scale=0.1), 200
+    optimizer = torch.optim.AdamW(model.parameters())
+    transcripts = sorted((transcript(demo) for _, demo in demonstrations()), key=len)
+    for step in range(updates):
+        start = int(generator("sft", step).integers(len(transcripts) - 4))
+        ids = pad(transcripts[start:start + 4])
+        logits = model.logits(model(ids[:, :-1]))
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 2e-2 * min(1, (step + 1) / 10) * (1 - step / updates)
+        optimizer.step()
+    return model.eval()
 
 
-def play(policy, episodes, **options):
+# --- rollouts ------------------------------------------------------------------------------------
+
+def play(model, episodes, **options):
     """Trajectories in the order of (game, episode)."""
-    return sorted(rollout(policy, tokenizer(), episodes, **options), key=lambda t: (t.game, t.episode))
+    played = rollout(model, tokenizer(), episodes, **options)
+    return sorted(played, key=lambda t: (t.game, t.episode))
 
 
 @lru_cache
 def played():
-    """48 rollouts of `taught`, 4 a game."""
-    return play(taught(), [(game, k) for game in games()[:12] for k in range(4)], temperature=0.7, max_steps=15, seed=1)
+    """64 rollouts of `taught`, 4 a game; some are won."""
+    chosen = [*games()[:4], *games()[-12:]]
+    return play(taught(), [Episode(game, k) for game in chosen for k in range(4)],
+                temperature=1.5, max_steps=15, seed=1)
 
 
-@lru_cache
-def demonstrations():
-    """[(Trajectory, taught)]: what the expert leaves, mistakes included; most are won."""
-    return tellings.expert_trajectories(games(), prior(), tokenizer(), demos=3 * len(games()), seed=0, mistakes=0.1, max_steps=20)
+def some_states(n=12, seed=0, trajectories=None):
+    """n random states of rollouts, several of a trajectory: (sequences, states) for `States`."""
+    trajectories, rng = trajectories or played()[::11], np.random.default_rng(seed)
+    commands = [replay(t, by_id()[t.game], tokenizer()) for t in trajectories]
+    every = [(b, k) for b, t in enumerate(trajectories) for k in range(len(t))]
+    states = []
+    for i in sorted(rng.choice(len(every), min(n, len(every)), replace=False)):
+        b, k = every[i]
+        tree = PrefixTree(commands[b][k], tokenizer().encode)
+        states.append((b, int(trajectories[b].spans[k, 0]), tree))
+    return [t.ids for t in trajectories], states
 
 
-def expert_trajectories():
-    return [t for t, _ in demonstrations()]
+@torch.no_grad()
+def brute_force(model, sequences, states, temperature=1.0):
+    """What candidates.py promises, by one plain forward pass for each command alone.
+
+    -> for each state log π(·|s) of a policy, f(s, ·) of a PRM: list of (C,)
+    """
+    out = []
+    for b, start, tree in states:
+        values = []
+        for command in tree.commands:
+            ids = torch.tensor([*sequences[b][:start].tolist(), *tokenizer().encode(command), END])
+            h = model(ids[None])[0]
+            if model.config.head == "score":
+                values.append(model.scores(h)[-1])
+            else:
+                log_p = model.logits(h).log_softmax(-1)
+                values.append(log_p[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum())
+        values = torch.stack(values)
+        out.append(values if model.config.head == "score" else
+                   (values / temperature).log_softmax(-1))
+    return out
 
 
-def some_branches(seed=0, trunks=4, n=24):
-    """Played trajectories with random actions branching off at random places of theirs: (trunks, branches)."""
-    rng = np.random.default_rng(seed)
-    picked = [played()[i] for i in rng.choice(len(played()), trunks, replace=False)]
-    branches = []
-    for b in sorted(rng.integers(trunks, size=n)):
-        t = picked[b]
-        start = int(t.spans[rng.integers(len(t)), 0])
-        forced = bool(rng.random() < 0.3)
-        length = MAX_ACTION - 1 if forced else rng.integers(0, 6)
-        branches.append((int(b), start, [*rng.integers(6, len(tokenizer()), length).tolist(), END], forced))
-    return [t.ids for t in picked], branches
-
+# --- comparing -----------------------------------------------------------------------------------
 
 def assert_same(a, b):
     """Two trajectories are equal, their log-probabilities up to rounding."""
@@ -126,23 +185,22 @@ def assert_same(a, b):
             np.testing.assert_array_equal(x, y, err_msg=field.name)
 
 
+def same(a, b):
+    """Do two models have the same weights, bit by bit?"""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# --- command lines -------------------------------------------------------------------------------
+
 def command(*words):
     """Run a command of the project. -> CompletedProcess with its texts"""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=300)
-
-
-def assert_refused(run, *parts):
-    """Exit code 2, and one line on stderr behind those on games; `run` as from `command`."""
-    lines = [line for line in run.stderr.splitlines() if not line.startswith(("games: ", "estimate "))]
-    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), run.stderr
-    assert all(part in lines[0] for part in parts), lines[0]
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
 
 
 def in_process(main, words, monkeypatch, capsys):
-    """The same as `command` for a main, within this process: seconds less for each."""
+    """As `command`, for a main function and within this process, which saves seconds."""
     monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     capsys.readouterr()
     try:
         command_line(main)
@@ -152,37 +210,12 @@ def in_process(main, words, monkeypatch, capsys):
     return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
 
 
+def assert_refused(run, *parts):
+    """Exit code 2 and one line of error, which names all `parts`; `run` as from `command`."""
+    lines = [line for line in run.stderr.splitlines() if not line.startswith("games: ")]
+    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
 def read(file):
-    return json.loads(file.read_text())
-
-
-def copy_of(run, tmp_path, *flags):
-    """A copy of the finished run, to be spoiled; its config.json says how to continue it, with other flags if any."""
-    folder = tmp_path / "run"
-    shutil.copytree(run[0], folder)
-    words = [*TINY, *flags, "--out", str(folder)]
-    config = read(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"flags": vars(parse_flags(words)), "words": words}))
-    return folder
-
-
-class Captured(Exception):
-    """Carries the arguments of a call out of a stage."""
-
-
-def capture(monkeypatch, folder, stage, function):
-    """Continue a run that lacks one record, up to the call of `function`. -> its arguments by position, then those by name"""
-    (folder / f"{stage}.json").unlink()
-
-    def stop(*positions, **names):
-        raise Captured((*positions, names))
-
-    monkeypatch.setattr(f"train.{function}", stop)
-    monkeypatch.setattr("sys.argv", ["train.py", *read(folder / "config.json")["words"]])
-    with pytest.raises(Captured) as caught:
-        train_main()
-    return caught.value.args[0]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    return json.loads(Path(file).read_text())
