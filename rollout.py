@@ -124,10 +124,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
         started = []
         for i in range(len(rows)):
             if rows[i] is None and waiting:
-                rows[i], lengths[i] = begin(make_env(max_steps), tokenizer, waiting.popleft()), 0
-                if len(rows[i].ids) + MAX_ACTION > context:
-                    raise UserError(f"{rows[i].episode.game.id}: its first observation has "
-                                    f"{len(rows[i].ids)} tokens, too many for a context of {context}")
+                rows[i] = begin(make_env(max_steps), tokenizer, waiting.popleft(), context)
+                lengths[i] = 0
                 started.append(i)
         fill_prompts(models, caches, rows, lengths, started, prompts)
         for i in started:
@@ -175,7 +173,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
                 yield trajectory
 
 
-def begin(env, tokenizer, episode):
+def begin(env, tokenizer, episode, context):
     """Reset the world and play what the episode starts from. -> Row"""
     intro, info = env.reset(episode.game)
     if episode.begun is None:
@@ -185,6 +183,9 @@ def begin(env, tokenizer, episode):
         for action in tokenizer.actions(ids):
             info = env.step(action)[-1]
         env.steps = episode.played
+    if len(ids) + MAX_ACTION > context:
+        raise UserError(f"{episode.game.id}: its first observation has {len(ids)} tokens, too many "
+                        f"for a context of {context}")
     return Row(env, episode, list(ids), tuple(info["admissible_commands"]))
 
 
