@@ -1,14 +1,15 @@
 """Success by split and task type, for any agent, as a table and as JSON.
 
     python eval.py --policy runs/default/best/policy --split valid_seen --episodes-per-game 5
-    python eval.py --policy runs/default/iter0/policy --prm runs/default/iter1/prm --best-of 16 --split dev
-    python eval.py --policy … --prm … --best-of 16 --lookahead 1     # by what the policy imagines to come of each action
-    python eval.py --policy … --prm … --beam 4x4                     # these two ask more of the world: it can be set back,
-    python eval.py --policy … --prm … --best-of-episodes 16          # or played again
-    python eval.py --policy … --prm … --watch                        # one episode step by step, with what else the policy proposes, and Q
-    python eval.py --agent human                                     # play yourself
-    python eval.py --agent expert --split valid_seen          # and --agent random: what the numbers are to be read against
-    python eval.py --policy DIR --engine alfworld             # judged by alfworld's own engine; both: by ours too, episode by episode
+    python eval.py --policy runs/default/iter0/policy --prm runs/default/iter1/prm --best-of 16
+    python eval.py --policy DIR --prm DIR --act-beta 0.1              # act by π(a|s) · exp(Q(s,a)/β)
+    python eval.py --policy DIR --prm DIR --best-of 16 --lookahead 1  # by imagined futures
+    python eval.py --policy DIR --prm DIR --beam 4x4
+    python eval.py --policy DIR --prm DIR --best-of-episodes 16
+    python eval.py --policy DIR --prm DIR --watch    # one episode: π(a|s) and Q(s,a) at each step
+    python eval.py --agent expert --split valid_seen                  # baselines: expert, random
+    python eval.py --agent human                                      # play yourself
+    python eval.py --policy DIR --engine both        # the same episodes in alfworld's own engine
 """
 
 import argparse
@@ -18,87 +19,131 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from common import (Parser, UserError, a_seed, a_temperature, check_writable, command_line, generator, pick_device, read_json, read_model,
-                    set_up_torch, write_json)
-from env import TASK_TYPES, AlfworldEnv
-from expert import Expert, demonstrate, fit_prior
-from flags import origin
-from games import COMPLETE, game_flags, games_as, games_for, split_dev, write_games
-from generate import generate
-from play import PROPOSED_AT, narrated, play_by_hand, told
-from prm import score, sigmoid
-from rollout import rollout, slots_for
-from search import beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy, read_prm
-from stock import StockAlfworldEnv, alfworld_version
+from candidates import score_states, tree_builder
+from fast_alfworld import (GAMES, TASK_TYPES, AlfworldEnv, Expert, Game, demonstrate, fit_prior,
+                           games_for, generate, split_dev, write_games)
+from fast_alfworld.reference import ReferenceEnv
+from rollout import Episode, replay, rollout, sample, slots_for
+from run import provenance
+from search import (beam_search, best_episodes, best_of_n, last_scores, look_ahead, read_prm,
+                    tilted)
+from tokenizer import split_intro
+from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
+                   generator, pick_device, read_json, read_model, set_up_torch, write_json)
+
+# --- statistics ----------------------------------------------------------------------------------
 
 
 def summarise(episodes, games):
-    """[{"game", "won", "actions", …}] -> success in [0, 1] and mean actions (over all episodes), overall and by task type."""
+    """Success, its 95 % interval and mean actions (over all episodes), in all and by task type.
+
+    episodes: list of {"game", "won", "actions"}. -> {"games", "success", "interval",
+    "mean_actions", "by_task": {task type: the same}}
+    """
     type_of = {game.id: game.task_type for game in games}
 
     def share(part):
-        return {"games": len({e["game"] for e in part}), "success": float(np.mean([e["won"] for e in part])),
+        return {"games": len({e["game"] for e in part}),
+                "success": float(np.mean([e["won"] for e in part])),
+                "interval": interval(list(by_game(part).values())),
                 "mean_actions": float(np.mean([e["actions"] for e in part]))}
 
     by_task = {t: [e for e in episodes if type_of[e["game"]] == t] for t in TASK_TYPES}
     return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
 
 
-def result_of(trajectories, games):
-    """-> the results of `summarise`, the share of inadmissible actions, the episodes."""
-    done = sorted(trajectories, key=lambda t: (t.game, t.episode))
-    episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
-    return {**summarise(episodes, games), "inadmissible": float(np.mean(np.concatenate([t.inadmissible for t in done]))), "episodes": episodes}
+def by_game(episodes):
+    """-> {game: share of its episodes that were won}, in order of game"""
+    won = {}
+    for e in sorted(episodes, key=lambda e: e["game"]):
+        won.setdefault(e["game"], []).append(e["won"])
+    return {game: float(np.mean(w)) for game, w in won.items()}
 
+
+def interval(values, n=10_000, seed=0):
+    """95 % interval of the mean of a value per game: bootstrap, resampling games. -> [low, high]"""
+    values = np.asarray(values, float)
+    resampled = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    return np.quantile(values[resampled].mean(1), (0.025, 0.975)).tolist()
+
+
+def paired_bootstrap(before, after):
+    """Two lists of episodes on the same games -> (mean gain in success, low, high), 95 %."""
+    a, b = by_game(before), by_game(after)
+    if a.keys() != b.keys():
+        raise ValueError("a paired bootstrap needs the same games on both sides")
+    gain = [b[game] - a[game] for game in a]
+    return float(np.mean(gain)), *interval(gain)
+
+
+def table(result):
+    """A result of `evaluate_*` -> lines of text."""
+    lines = [f"{'task type':34}{'games':>7}{'success':>9}{'95 % interval':>18}{'actions':>9}"]
+    for name, r in (*result["by_task"].items(), ("all", result)):
+        low, high = r["interval"]
+        lines.append(f"{name:34}{r['games']:7}{r['success']:9.1%}{low:9.1%} …{high:7.1%}"
+                     f"{r['mean_actions']:9.2f}")
+    return lines
+
+
+# --- playing many games --------------------------------------------------------------------------
 
 def play(player, games, episodes_per_game, name):
-    """All that player([(game, episode number)]) yields, `rollout` or another, with a bar."""
-    todo = [(game, k) for game in games for k in range(episodes_per_game)]
+    """All that player(list of Episode) yields, `rollout` or another, with a progress bar."""
+    todo = [Episode(game, k) for game in games for k in range(episodes_per_game)]
     return list(tqdm(player(todo), name, len(todo), unit="episode", dynamic_ncols=True))
 
 
-def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, temperature=0.3, max_steps=30, seed=0, slots=None, choose=None,
-                    admissible=False, make_env=AlfworldEnv, predictions=False, name="evaluate"):
-    """Play every game `episodes_per_game` times. -> `result_of`; with `predictions` also how well the policy foretells the world's answers."""
-    trajectories = play(lambda todo: rollout(policy, tokenizer, todo, temperature=temperature, seed=seed, slots=slots, max_steps=max_steps,
-                                             admissible=admissible, choose=choose, make_env=make_env), games, episodes_per_game, name)
-    return {**result_of(trajectories, games), **({"predictions": prediction_accuracy(policy, trajectories)} if predictions else {})}
+def result_of(trajectories, games):
+    """`summarise`, the share of inadmissible actions, and the episodes in order."""
+    done = sorted(trajectories, key=lambda t: (t.game, t.episode))
+    episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
+    inadmissible = float(np.mean(np.concatenate([t.choice for t in done]) < 0))
+    return {**summarise(episodes, games), "inadmissible": inadmissible, "episodes": episodes}
 
 
-def evaluate_beams(policy, prm, tokenizer, games, keep, expand, *, episodes_per_game=1, **options):
-    """The same for `beam_search`, and `world_actions`: actions tried in the world, mean of an episode."""
-    found = play(lambda todo: beam_search(policy, prm, tokenizer, todo, keep, expand, **options), games, episodes_per_game, f"beams {keep}x{expand}")
-    return {**result_of([t for t, _ in found], games), "world_actions": float(np.mean([tried for _, tried in found]))}
+def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, name="evaluate", **options):
+    """Play every game `episodes_per_game` times. options: those of `rollout` (temperature,
+    max_steps, seed, slots, act, prm, free, make_env). -> `result_of`"""
+    return result_of(play(lambda todo: rollout(policy, tokenizer, todo, **options),
+                          games, episodes_per_game, name), games)
+
+
+def evaluate_beams(policy, prm, tokenizer, games, size, *, episodes_per_game=1, **options):
+    """The same for `beam_search`; size: (keep, expand). `world_actions`: actions taken in the
+    world, mean of an episode."""
+    found = play(lambda todo: beam_search(policy, prm, tokenizer, todo, *size, **options),
+                 games, episodes_per_game, "beam {}x{}".format(*size))
+    return {**result_of([t for t, _ in found], games),
+            "world_actions": float(np.mean([tried for _, tried in found]))}
 
 
 def evaluate_best_episodes(policy, prm, tokenizer, games, n, *, episodes_per_game=1, **options):
-    """The same for whole-episode Best-of-N, with `judge_best_episodes`."""
-    trajectories = play(lambda todo: rollout(policy, tokenizer, todo, **options), games, episodes_per_game * n, f"best of {n} episodes")
-    return judge_best_episodes(trajectories, last_scores(prm, trajectories), n, games)
-
-
-def judge_best_episodes(trajectories, q, n, games):
-    """`result_of` the best of every n rollouts of a game by q, their `last_scores`; beside it what it is to be read against.
-
-    `plain`: success and mean actions of all the rollouts; `oracle`: the share of the choices in which one of the n had won (pass@n).
-    """
+    """The same for Best-of-n over whole episodes. For comparison, `plain`: success and actions of
+    all the rollouts; `oracle`: share of choices in which one of the n was won (pass@n)."""
+    played = play(lambda todo: rollout(policy, tokenizer, todo, **options),
+                  games, episodes_per_game * n, f"best of {n} episodes")
     groups = {}
-    for t in trajectories:
+    for t in played:
         groups.setdefault((t.game, t.episode // n), []).append(t.won)
-    return {**result_of(best_episodes(trajectories, q, n), games), "oracle": float(np.mean([any(won) for won in groups.values()])),
-            "plain": {"success": float(np.mean([t.won for t in trajectories])), "mean_actions": float(np.mean([len(t) for t in trajectories]))}}
+    plain = {"success": float(np.mean([t.won for t in played])),
+             "mean_actions": float(np.mean([len(t) for t in played]))}
+    return {**result_of(best_episodes(played, last_scores(prm, played), n), games),
+            "plain": plain, "oracle": float(np.mean([any(won) for won in groups.values()]))}
 
 
-def evaluate_scripted(agent, games, *, prior=None, episodes_per_game=1, max_steps=30, seed=0, make_env=AlfworldEnv):
-    """The same for agents without a model: "expert", or "random" (uniform over the admissible commands)."""
+def evaluate_scripted(agent, games, *, prior=None, episodes_per_game=1, max_steps=30, seed=0,
+                      make_env=AlfworldEnv):
+    """The same for "expert", or "random": uniform over the candidates."""
     env, episodes = make_env(max_steps), []
     for game in tqdm(games, agent, unit="game", dynamic_ncols=True):
         for k in range(episodes_per_game):
             rng = generator(seed, agent, game.id, k)
             if agent == "expert":
-                demo = demonstrate(env, game, Expert(prior, rng), rng, max_steps=max_steps)
+                demo = demonstrate(env, game, Expert(prior), rng, max_steps=max_steps)
                 won, actions = demo.won, len(demo.steps)
             else:
                 _, info = env.reset(game)
@@ -108,194 +153,249 @@ def evaluate_scripted(agent, games, *, prior=None, episodes_per_game=1, max_step
                     _, _, won, _, info = env.step(commands[rng.integers(len(commands))])
                     actions += 1
             episodes.append({"game": game.id, "won": bool(won), "actions": actions})
-    return {**summarise(episodes, games), "episodes": episodes}
+    return {**summarise(episodes, games), "inadmissible": 0.0, "episodes": episodes}
 
 
-def paired_bootstrap(before, after, n=10_000, seed=0):
-    """Two lists of episodes on the same games -> (mean difference in success, 2.5 % and 97.5 % quantile), resampling games."""
-    def by_game(episodes):
-        won = {}
-        for e in episodes:
-            won.setdefault(e["game"], []).append(e["won"])
-        return {game: np.mean(w) for game, w in won.items()}
+# --- one episode, to be looked at ----------------------------------------------------------------
 
-    a, b = by_game(before), by_game(after)
-    if a.keys() != b.keys():
-        raise ValueError("a paired bootstrap needs the same games on both sides")
-    gap = np.array([b[game] - a[game] for game in sorted(a)])
-    means = gap[np.random.default_rng(seed).integers(len(gap), size=(n, len(gap)))].mean(1)
-    return float(gap.mean()), *map(float, np.quantile(means, (0.025, 0.975)))
-
-
-def table(result):
-    """A result of `evaluate_*` -> lines of text."""
-    lines = [f"{'task type':34}{'games':>7}{'success':>10}{'actions':>10}"]
-    for name, r in (*result["by_task"].items(), ("all", result)):
-        lines.append(f"{name:34}{r['games']:7}{r['success']:10.1%}{r['mean_actions']:10.2f}")
-    return lines
-
-
-def remarks(result):
-    """What else a result of `evaluate_*` tells -> lines of text."""
-    lines = []
-    if "plain" in result:
-        lines.append(f"of all the episodes: {result['plain']['success']:.1%}, {result['plain']['mean_actions']:.2f} actions; "
-                     f"one of the {result['best_of_episodes']} won (oracle): {result['oracle']:.1%}")
-    if "world_actions" in result:
-        lines.append(f"actions tried in the world an episode: {result['world_actions']:.1f}")
-    if result.get("predictions", {}).get("answers"):
-        lines.append(f"the world's answers foretold: {result['predictions']['exact']:.1%} exactly, "
-                     f"{result['predictions']['tokens']:.1%} of their tokens")
-    if "equal_episodes" in result:
-        lines.append(f"won and actions alike in both engines: {result['equal_episodes']:,} of {len(result['episodes']):,} episodes")
-    if "inadmissible" in result:
-        lines.append(f"inadmissible actions: {result['inadmissible']:.1%}")
-    return lines
+@torch.no_grad()
+def explain(game, trajectory, policy, tokenizer, temperature, prm=None):
+    """An episode as a dict. Each step has all candidates with π(a|s) and, with a PRM, Q(s,a),
+    the most likely first: {"action", "answer", "admissible", "candidates": [{"action", "pi", "q"}]}
+    """
+    env, tree_of = AlfworldEnv(len(trajectory)), tree_builder(tokenizer)
+    candidates = replay(trajectory, game, tokenizer)
+    states = [(0, start, tree_of(commands))
+              for start, commands in zip(trajectory.spans[:, 0].tolist(), candidates)]
+    pi = score_states(policy, [trajectory.ids], states, temperature).exp().tolist()
+    q = score_states(prm, [trajectory.ids], states).sigmoid().tolist() if prm else None
+    task, observation = split_intro(env.reset(game)[0])
+    steps = []
+    for t, action in enumerate(tokenizer.actions(trajectory.ids)):
+        options = [{"action": c, "pi": pi[t][i], "q": q[t][i] if prm else None}
+                   for i, c in enumerate(candidates[t])]
+        steps.append({"action": action, "answer": env.step(action)[0],
+                      "admissible": bool(trajectory.choice[t] >= 0),
+                      "candidates": sorted(options, key=lambda o: -o["pi"])})
+    return {"game": game.id, "task_type": game.task_type, "won": bool(trajectory.won),
+            "task": task, "observation": observation, "steps": steps}
 
 
-def earlier(file, games):
-    """The episodes of an earlier result of --json; UserError where that is no result on these games."""
-    before = read_json(file)
-    episodes = before.get("episodes") if isinstance(before, dict) else None
-    if not isinstance(episodes, list) or {e["game"] for e in episodes} != {game.id for game in games}:
-        raise UserError(f"--against {file}: no result of eval.py --json on the same games")
+def narrate(episode, shown=6):
+    """What `explain` returns -> lines of text, with the `shown` most likely candidates a step."""
+    yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
+    for n, step in enumerate(episode["steps"], 1):
+        yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
+        for rank, o in enumerate(step["candidates"]):
+            if rank < shown or o["action"] == step["action"]:
+                mark = ">" if o["action"] == step["action"] else " "
+                yield (f"   {mark} {o['action']:44} π {o['pi']:.3f}"
+                       + ("" if o["q"] is None else f"   Q {o['q']:.3f}"))
+        yield step["answer"]
+    yield f"\n{'won' if episode['won'] else 'not won'} after {len(episode['steps'])} actions"
+
+
+def play_by_hand(games, *, max_steps, seed, make_env=AlfworldEnv):
+    """A person plays the games in random order until `quit`, Ctrl-C or the end of input.
+
+    -> list of {"game", "won", "actions"} of the games played to the end
+    """
+    env, episodes = make_env(max_steps), []
+    print("? lists the candidates, quit ends")
+    for g in generator(seed, "by hand").permutation(len(games)):
+        observation, info = env.reset(games[g])
+        actions, won, truncated = 0, False, False
+        print(f"\n{observation}")
+        while not (won or truncated):
+            try:
+                action = input(f"{actions + 1:2} > ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return episodes
+            if action.lower() in ("quit", "exit"):
+                return episodes
+            if action in ("?", ""):
+                print(*info["admissible_commands"], sep="\n")
+                continue
+            observation, _, won, truncated, info = env.step(action)
+            actions += 1
+            print(observation)
+        print(f"{'won' if won else 'not won'} after {actions} actions")
+        episodes.append({"game": games[g].id, "won": bool(won), "actions": actions})
     return episodes
 
 
-def keep_by_expand(text):
-    """"4x8" -> (4, 8)"""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text} is not KxM, two whole numbers of at least 1")
-    return int(parts[0]), int(parts[1])
-
-
-def check(args):
-    """UserError for flags that do not go together."""
-    searches = [flag for flag, used in (("--best-of", args.best_of > 1), ("--beam", args.beam),
-                                        ("--best-of-episodes", args.best_of_episodes > 1)) if used]
-    if args.agent == "policy" and not args.policy:
-        raise UserError("--agent policy needs --policy DIR (a folder written by train.py or sft.py)")
-    if args.agent != "policy" and searches:
-        raise UserError(f"{searches[0]} is for --agent policy")
-    if len(searches) > 1:
-        raise UserError(f"{' and '.join(searches)}: one at a time")
-    if args.lookahead and searches != ["--best-of"]:
-        raise UserError("--lookahead needs --best-of N, the candidates that it compares")
-    if args.watch and (args.agent != "policy" or args.beam or args.best_of_episodes > 1):
-        raise UserError("--watch is for --agent policy that plays an episode once: with --best-of or without")
-    if args.json and (args.watch or args.agent == "human"):
-        raise UserError("--json is for evaluations, not for --watch or --agent human")
-    if searches and not args.prm:
-        raise UserError(f"{searches[0]} needs --prm DIR")
-    if args.json and Path(args.json).is_dir():
-        raise UserError(f"--json {args.json}: is a folder; name a file")
-    if args.agent != "policy" and (args.admissible or args.prm or args.policy):
-        raise UserError("--policy, --prm and --admissible are for --agent policy")
-    if not args.temperature and searches:
-        raise UserError(f"{searches[0]} with --temperature 0: all samples would be the same")
-    if args.admissible and (args.best_of > 1 or args.beam):
-        raise UserError(f"--admissible is for plain sampling, not for {searches[0]}")
-    if args.engine == "both" and (args.watch or args.agent == "human"):
-        raise UserError("--engine both is for evaluations, not for --watch or --agent human")
-    if args.beam and args.engine != "fast":
-        raise UserError("--beam needs a world that can be set back: --engine fast")
-    if (min(args.best_of, args.best_of_episodes, args.episodes_per_game, args.max_steps,
-            *(n for n in (args.n_generated, args.slots) if n is not None)) < 1
-            or args.lookahead < 0):
-        raise UserError("--best-of, --best-of-episodes, --n-generated, --episodes-per-game, --max-steps and --slots are at least 1, "
-                        "--lookahead at least 0")
-
-
-def searched(args):
-    """How the PRM helps, in words; "" where it does not."""
-    if args.best_of > 1:
-        return f", Best-of-{args.best_of}" + f" looking {args.lookahead} ahead" * bool(args.lookahead)
-    if args.beam:
-        return ", beam {}x{}".format(*args.beam)
-    return f", Best-of-{args.best_of_episodes} episodes" if args.best_of_episodes > 1 else ""
-
+# --- command line --------------------------------------------------------------------------------
 
 def parse():
-    """The command line -> namespace."""
+    """The command line -> namespace"""
     parser = Parser(__doc__)
-    add = lambda group, flag, help, **kw: group.add_argument(flag, help=help, **kw)
-    who = parser.add_argument_group("agent")
-    add(who, "--agent", "who plays", default="policy", choices=("policy", "expert", "random", "human"))
-    add(who, "--policy", "folder of a policy", metavar="DIR")
-    add(who, "--prm", "folder of a PRM, for what follows", metavar="DIR")
-    add(who, "--best-of", "sample N actions a step and take the one of highest Q", type=int, default=1, metavar="N")
-    add(who, "--lookahead", "compare the N actions of --best-of by the Q of what the policy imagines after them: "
-        "D answers of the world and D actions; 0: not", type=int, default=0, metavar="D")
-    add(who, "--beam", "step-level beam search: K histories are kept, each samples M actions, the K of highest Q go on; "
-        "the world is set back as needed", type=keep_by_expand, metavar="KxM")
-    add(who, "--best-of-episodes", "play every episode N times and take the one of highest Q at its last action", type=int, default=1, metavar="N")
-    add(who, "--watch", "play one game, that of --seed, and print it step by step: what else the policy proposes and, with --prm, Q",
-        action="store_true")
-    add(who, "--temperature", "sampling temperature; 0 is greedy", type=a_temperature, default=0.3, metavar="X")
-    add(who, "--admissible", "sample only commands that the world would accept (default: off, free generation)", action="store_true")
-    what = parser.add_argument_group("games")
-    game_flags(what, "valid_seen")
-    add(what, "--n-generated", f"how many generated games a split has (default: {COMPLETE['train']} of train, whose share is dev, 200 of others)",
-        type=int, metavar="N")
-    add(what, "--episodes-per-game", "episodes a game", type=int, default=1, metavar="N")
-    add(what, "--max-steps", "actions after which an episode is cut", type=int, default=30)
-    add(what, "--engine", "the fast exact world, or alfworld's own; both: each in turn, and how many episodes are equal", default="fast",
-        choices=("fast", "alfworld", "both"))
-    run = parser.add_argument_group("run")
-    add(run, "--seed", "names all randomness", type=a_seed, default=0)
-    add(run, "--threads", "CPU threads (default: all cores)", type=int, metavar="N")
-    add(run, "--slots", "episodes in flight at once (default: 128 on a CPU, 1024 on a GPU, fewer of a large model)", type=int, metavar="N")
-    add(run, "--device", "auto, cpu or cuda", default="auto")
-    add(run, "--json", "write the result there", metavar="FILE")
-    add(run, "--against", "a result of --json on the same games: print the gain over it, with its 95 %% interval (paired bootstrap over games)",
-        metavar="FILE")
+    who = parser.add_argument_group("agent").add_argument
+    who("--agent", help="who plays", default="policy",
+        choices=("policy", "expert", "random", "human"))
+    who("--policy", help="folder of a policy", metavar="DIR")
+    who("--prm", help="folder of a PRM, for the flags that follow", metavar="DIR")
+    who("--best-of", help="sample N actions a step, take the one of highest Q",
+        type=between(1, 1024, int), default=1, metavar="N")
+    who("--act-beta", help="sample actions from π(a|s) · exp(Q(s,a)/X)", type=between(1e-4),
+        metavar="X")
+    who("--lookahead", help="with --best-of: compare by the Q of what the policy imagines after "
+        "each action, D answers and D actions", type=between(0, 50, int), default=0, metavar="D")
+    who("--beam", help="step-level beam search: keep K histories, sample M actions of each",
+        type=keep_by_expand, metavar="KxM")
+    who("--best-of-episodes", help="play each episode N times, take the one whose last action has "
+        "the highest Q", type=between(1, 1024, int), default=1, metavar="N")
+    who("--temperature", help="of the policy; 0 is greedy", type=a_temperature, default=0.3,
+        metavar="X")
+    who("--actions", help="choose among the candidates, or generate free text",
+        default="candidates", choices=("candidates", "free"))
+    who("--watch", help="play one game, chosen by --seed, and print it step by step with the most "
+        "likely candidates, π(a|s) and, with --prm, Q(s,a)", action="store_true")
+    what = parser.add_argument_group("games").add_argument
+    what("--split", help="train, valid_seen, valid_unseen, or dev: 200 train games held out by "
+         "task folder, the same for every policy", default="valid_seen", metavar="NAME")
+    what("--games", help="published (alfworld), generated or tiny games; auto: published if found",
+         default="auto", choices=GAMES)
+    what("--data", help="folder of the published games (default: $ALFWORLD_DATA, then "
+         "~/.cache/alfworld)", metavar="DIR")
+    what("--n-generated", help="size of a split of generated games", type=at_least_one,
+         default=1000, metavar="N")
+    what("--episodes-per-game", help="episodes a game", type=at_least_one, default=1, metavar="N")
+    what("--max-steps", help="actions after which an episode is cut", type=at_least_one,
+         default=30, metavar="N")
+    what("--engine", help="the fast exact engine, alfworld's own, or both in turn, which counts "
+         "equal episodes", default="fast", choices=("fast", "alfworld", "both"))
+    run = parser.add_argument_group("run").add_argument
+    run("--json", help="write the result to FILE", metavar="FILE")
+    run("--against", help="a result of --json on the same games: print the gain over it with its "
+        "95 %% interval (paired bootstrap over games)", metavar="FILE")
+    run("--seed", help="seed of all random numbers", type=a_seed, default=0, metavar="N")
+    run("--threads", help="CPU threads (default: all cores)", type=at_least_one, metavar="N")
+    run("--slots", help="episodes at once (default: by the model's size)", type=at_least_one,
+        metavar="N")
+    run("--device", help="auto, cpu or cuda", default="auto", metavar="NAME")
     args = parser.parse_args()
     check(args)
     return args
 
 
-def chosen_games(args):
-    """-> games, where they come from, and the folder that holds them if they had to be written for alfworld's engine (None: they had not)"""
-    (flags, theirs), stock = origin(args.policy) if args.policy else ({}, {}), args.engine != "fast"
-    if args.split == "dev" and flags and "train" in theirs:
-        if args.games != "auto" or args.n_generated:
-            raise UserError("--games, --n-generated: dev is what the policy's run held out of its own games; leave them out")
-        games, source = games_as(flags, theirs["train"], "dev", args.data, args.policy)  # what this policy was not trained on
-        if stock and games[0].path is None:
-            raise UserError(f"--engine {args.engine}: generated games that a run held out are not written for it; another --split")
-    else:
-        # dev as train.py and sft.py hold it out
-        args.n_generated = args.n_generated or (COMPLETE["train"] if args.split in ("dev", "train") else 200)
-        games, source = games_for(args.games, args.data, args.split, args.n_generated)
-    if not stock or games[0].path is not None:
-        return games, source, None
-    folder, split = tempfile.TemporaryDirectory(), "train" if args.split == "dev" else args.split  # alfworld's engine reads files
-    write_games(generate(split, args.n_generated, tiny=args.games == "tiny"), folder.name, split)
-    return games_for("alfworld", folder.name, args.split)[0], source, folder
+def keep_by_expand(text):
+    """"4x8" -> (4, 8)"""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and 1 <= int(p) <= 1024 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be KxM, two whole numbers in 1 … 1024")
+    return int(parts[0]), int(parts[1])
 
 
-def chooser(args, prm):
-    """What --best-of asks for -> `choose` of `rollout`, or None"""
-    return best_of_n(prm, args.best_of, args.lookahead) if args.best_of > 1 else None
+def methods(args):
+    """The flags in use that act with the PRM."""
+    used = {"--best-of": args.best_of > 1, "--act-beta": args.act_beta is not None,
+            "--beam": args.beam, "--best-of-episodes": args.best_of_episodes > 1}
+    return [flag for flag, given in used.items() if given]
 
 
-def evaluation(args, games, policy=None, tokenizer=None, prm=None):
-    """-> player(make_env) -> result of the `evaluate_*` that the flags ask for"""
-    common = dict(max_steps=args.max_steps, seed=args.seed, episodes_per_game=args.episodes_per_game)
+def check(args):
+    """UserError for flags that do not go together, before any work."""
+    used, model = methods(args), args.agent == "policy"
+    looked_at = args.watch or args.agent == "human"
+    first = used[0] if used else ""
+    across = first in ("--beam", "--best-of-episodes")
+    for wrong, why in (
+            (model and not args.policy, "--agent policy needs --policy DIR"),
+            (not model and (args.policy or args.prm or used or args.watch),
+             "--policy, --prm, --watch and the flags for a PRM are for --agent policy"),
+            (len(used) > 1, f"{' and '.join(used)}: use one at a time"),
+            (used and not args.prm, f"{first} needs --prm DIR"),
+            (args.lookahead and first != "--best-of", "--lookahead needs --best-of N"),
+            (used and not args.temperature, f"{first} needs a --temperature above 0"),
+            (used and args.actions == "free" and first != "--best-of-episodes",
+             f"{first} chooses among candidates: leave out --actions free"),
+            (args.watch and across, f"--watch shows one episode: leave out {first}"),
+            (looked_at and (args.json or args.against or args.engine == "both"),
+             "--json, --against and --engine both are not for --watch or --agent human"),
+            (args.beam and args.engine != "fast", "--beam restores states: use --engine fast")):
+        if wrong:
+            raise UserError(why)
+
+
+def check_writable(path):
+    """OSError or UserError, before any game is played, if a file cannot be written there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"--json {path}: is not a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def earlier(file, games):
+    """The episodes of an earlier result; UserError where that is no result on these games."""
+    before = read_json(file)
+    episodes = before.get("episodes") if isinstance(before, dict) else None
+    fine = isinstance(episodes, list) and all(
+        isinstance(e, dict) and isinstance(e.get("game"), str) and e.get("won") in (0, 1)
+        for e in episodes)
+    if not fine or {e["game"] for e in episodes} != {game.id for game in games}:
+        raise UserError(f"--against {file}: not a result of eval.py --json on the same games")
+    return episodes
+
+
+def written(games, args, folder):
+    """The same games with files, for alfworld's engine: generated ones are written to `folder`."""
+    if games[0].path:
+        return games
+    split, chosen = "train" if args.split == "dev" else args.split, {game.id for game in games}
+    pairs = generate(split, args.n_generated, tiny=args.games == "tiny")
+    write_games((pair for pair in pairs if pair[0] in chosen), folder, split)
+    return [Game.load(Path(folder, "json_2.1.1", split, game.id, "game.tw-pddl"))
+            for game in games]
+
+
+def acting(args, prm):
+    """-> the options of `rollout` that say how the PRM acts"""
+    if args.lookahead:
+        return {"act": look_ahead(prm, args.best_of, args.lookahead, args.temperature)}
+    if args.best_of > 1:
+        return {"act": best_of_n(args.best_of), "prm": prm}
+    if args.act_beta is not None:
+        return {"act": tilted(args.act_beta), "prm": prm}
+    return {"act": sample}
+
+
+def evaluation(args, games, models):
+    """-> player(make_env) -> the result of the `evaluate_*` that the flags ask for"""
+    options = dict(max_steps=args.max_steps, seed=args.seed,
+                   episodes_per_game=args.episodes_per_game)
     if args.agent != "policy":
-        n = args.n_generated if args.split in ("dev", "train") else 1000  # the dev games are those left out of as many
-        prior = fit_prior(split_dev(games_for(args.games, args.data, "train", n)[0])[0]) if args.agent == "expert" else None
-        return lambda make_env: evaluate_scripted(args.agent, games, prior=prior, make_env=make_env, **common)
-    common |= dict(temperature=args.temperature, slots=args.slots)
+        prior = None
+        if args.agent == "expert":
+            train = games_for(args.games, args.data, "train", args.n_generated)[0]
+            prior = fit_prior(split_dev(train)[0])
+        return lambda env: evaluate_scripted(args.agent, games, prior=prior, make_env=env,
+                                             **options)
+    policy, tokenizer, prm = models
+    slots = args.slots or (slots_for(policy) // args.best_of if args.lookahead else None)
+    if args.engine != "fast":
+        slots = min(slots or 8, 8)
+    options |= dict(temperature=args.temperature, slots=slots and max(1, slots))
     if args.beam:
-        return lambda make_env: evaluate_beams(policy, prm, tokenizer, games, *args.beam, make_env=make_env, **common)
+        return lambda env: evaluate_beams(policy, prm, tokenizer, games, args.beam, **options)
+    options["free"] = args.actions == "free"
     if args.best_of_episodes > 1:
-        return lambda make_env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes, admissible=args.admissible,
-                                                       make_env=make_env, **common)
-    common["slots"] = args.slots or slots_for(policy, args.best_of)
-    return lambda make_env: evaluate_policy(policy, tokenizer, games, choose=chooser(args, prm), admissible=args.admissible,
-                                            predictions=args.lookahead > 0, make_env=make_env, **common)
+        return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games,
+                                                  args.best_of_episodes, make_env=env, **options)
+    return lambda env: evaluate_policy(policy, tokenizer, games, make_env=env,
+                                       **acting(args, prm), **options)
+
+
+def watch(args, games, models, make_env):
+    """--watch: play one game and print it."""
+    policy, tokenizer, prm = models
+    game = games[generator(args.seed, "watch").integers(len(games))]
+    trajectory, = rollout(policy, tokenizer, [Episode(game, 0)], temperature=args.temperature,
+                          max_steps=args.max_steps, seed=args.seed, make_env=make_env,
+                          free=args.actions == "free", **acting(args, prm))
+    print(*narrate(explain(game, trajectory, policy, tokenizer, args.temperature, prm)), sep="\n")
 
 
 def main():
@@ -303,48 +403,47 @@ def main():
     if args.json:
         check_writable(args.json)
     set_up_torch(args.threads)
-    games, source, folder = chosen_games(args)  # the folder lives as long as its name here
+    games, source = games_for(args.games, args.data, args.split, args.n_generated)
     before = earlier(args.against, games) if args.against else None
-    worlds = {"fast": [AlfworldEnv], "alfworld": [StockAlfworldEnv], "both": [AlfworldEnv, StockAlfworldEnv]}[args.engine]
-    if args.engine != "fast":
-        args.slots = min(args.slots or 8, 8)
-    if args.agent == "human":
-        episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
-        print(*(table(summarise(episodes, games)) if episodes else ["no game was played to its end"]), sep="\n")
-        return
-    start, agent, prm_used = time.monotonic(), (), False
+    models, used = None, methods(args)
     if args.agent == "policy":
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        prm_used = bool(searched(args) or args.watch and args.prm)
-        prm = read_prm(args.prm, tokenizer, device, one_state=args.best_of > 1 and not args.lookahead and not args.watch) if prm_used else None
-        agent = policy, tokenizer, prm
-    if args.watch:
-        game = games[generator(args.seed, "watch").integers(len(games))]
-        [trajectory] = rollout(policy, tokenizer, [(game, 0)], choose=chooser(args, prm), admissible=args.admissible,
-                               temperature=args.temperature, slots=args.slots, max_steps=args.max_steps, seed=args.seed, make_env=worlds[-1])
-        print(*narrated(told(game, trajectory, policy, tokenizer, PROPOSED_AT, args.seed, prm,
-                             prm and sigmoid(score(prm, [trajectory])[0]))), sep="\n")
-        return
-    play_in = evaluation(args, games, *agent)
-    results = [play_in(world) for world in worlds]
-    result = {"agent": args.agent, "split": args.split, **results[-1], "max_steps": args.max_steps,
-              "temperature": args.temperature if args.agent == "policy" else None, "best_of": args.best_of, "lookahead": args.lookahead,
-              "beam": args.beam and "{}x{}".format(*args.beam), "best_of_episodes": args.best_of_episodes, "admissible": args.admissible,
-              "policy": args.policy, "prm": args.prm if prm_used else None, "engine": args.engine, "alfworld": alfworld_version(), "data": source,
-              "episodes_per_game": args.episodes_per_game, "seed": args.seed, "seconds": round(time.monotonic() - start, 1)}
-    if args.engine == "both":
-        result["equal_episodes"] = sum(ours == theirs for ours, theirs in zip(*(r["episodes"] for r in results)))
-    if args.prm and not prm_used:
-        print("the PRM only chooses with --best-of N, --best-of-episodes N or --beam KxM: the policy played alone", file=sys.stderr)
-    print(f"agent {args.agent}{searched(args)}, {source}, cap {args.max_steps}, temperature {result['temperature']}, engine {args.engine}, "
-          f"alfworld {result['alfworld']}, {args.episodes_per_game} episode(s) a game")
-    print(*table(result), *remarks(result), sep="\n")
-    if before:
-        gain = paired_bootstrap(before, result["episodes"])
-        print("gain over {}: {:+.1f} points ({:+.1f} … {:+.1f})".format(args.against, *(100 * x for x in gain)))
+        within = not args.lookahead and used in ([], ["--best-of"], ["--act-beta"])
+        prm = read_prm(args.prm, tokenizer, device, within) if args.prm else None
+        models = policy, tokenizer, prm
+        if prm and not used and not args.watch:
+            print("the PRM is not used: add --best-of, --act-beta, --beam or --best-of-episodes",
+                  file=sys.stderr)
+    worlds = {"fast": [AlfworldEnv], "alfworld": [ReferenceEnv],
+              "both": [AlfworldEnv, ReferenceEnv]}[args.engine]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        games = games if args.engine == "fast" else written(games, args, folder)
+        if args.watch:
+            return watch(args, games, models, worlds[-1])
+        if args.agent == "human":
+            episodes = play_by_hand(games, max_steps=args.max_steps, seed=args.seed,
+                                    make_env=worlds[-1])
+            return print(*(table(summarise(episodes, games)) if episodes else []), sep="\n")
+        player = evaluation(args, games, models)
+        results = [player(world) for world in worlds]
+    result = {"agent": args.agent, "split": args.split, **results[-1],
+              **{name: getattr(args, name) for name in (
+                  "policy", "prm", "best_of", "act_beta", "lookahead", "best_of_episodes",
+                  "actions", "max_steps", "engine", "episodes_per_game", "seed")},
+              "beam": args.beam and "{}x{}".format(*args.beam), "data": source,
+              "temperature": args.temperature if models else None,
+              "seconds": round(time.monotonic() - start, 1), **provenance()}
+    report(args, result, results, before)
+
+
+def report(args, result, results, before):
+    """Write the result to --json, then print it."""
+    lines = [f"agent {args.agent}, {', '.join(methods(args)) or 'alone'}"]
     if args.json:
         write_json(args.json, result)
+    print(*lines, *table(result), sep="\n")
 
 
 if __name__ == "__main__":

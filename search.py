@@ -1,227 +1,288 @@
-"""Acting with a PRM. What compares: actions at one state, imagined futures, histories kept side by side, whole episodes.
+"""Acting with a PRM: what scores candidates at one state, imagined futures, beams, whole episodes.
 
-    rollout(policy, tokenizer, episodes, choose=best_of_n(prm, 16))            # Best-of-N: the world moves once for each choice
-    rollout(policy, tokenizer, episodes, choose=best_of_n(prm, 16, depth=2))   # by what the policy imagines to come of each
-    beam_search(policy, prm, tokenizer, episodes, keep=4, expand=4)            # in a world that can be set back
-    best_episodes(trajectories, last_scores(prm, trajectories), 16)            # in a world that can be played again
+    rollout(policy, tokenizer, episodes, prm=prm, act=best_of_n(16))      # P1, Best-of-N
+    rollout(policy, tokenizer, episodes, prm=prm, act=tilted(0.1))        # π(a|s) · exp(Q(s,a)/β)
+    rollout(policy, tokenizer, episodes, act=look_ahead(prm, 16, 2))      # P1, model-predictive
+    beam_search(policy, prm, tokenizer, episodes, keep=4, expand=4)       # P2, step-level beams
+    best_episodes(trajectories, last_scores(prm, trajectories), 16)       # P2, whole episodes
 
-None of them looks at rewards or at `won`; beam search does put an episode that ended by itself before others. All compare f, which ranks as Q = σ(f)
-does; ties go to the first.
+The first three are `act` functions of rollout.py and take one action a turn to the world. Beam
+search needs a world whose state can be restored, whole episodes one that can be played again.
+None of them looks at rewards. Q = σ(f) is monotone in f, so f is compared; ties go to the first.
 """
 
+import json
+import math
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, pad, read_model
-from env import AlfworldEnv
-from flags import origin
+from candidates import PrefixTree, draw, extend, score_states, tilt, tree_builder
+from fast_alfworld import AlfworldEnv
 from model import Cache
-from prm import answer_tokens, score
-from rollout import MAX_ACTION, Row, act, action_logprobs, begin, branch, copied_rows, feed, sample_actions, slots_for
-from tokenizer import ACT, END
-from tree import Tree, distinct
+from rollout import MAX_ACTION, Row, begin, generate, sample, slots_for, step
+from tokenizer import ACT, END, SPECIAL
+from utils import UserError, key, pad, read_model, uniform
 
-MAX_ANSWER = 64  # tokens of an imagined answer, <act> included; the longest seen in 28,000 had 56
+MAX_ANSWER = 128  # tokens of an imagined answer, its <act> included
 
 
-def read_prm(folder, tokenizer, device, one_state=False):
-    """A PRM to act with. UserError if its vocabulary is not the policy's, or if it cannot compare what is to be compared.
+def read_prm(folder, tokenizer, device="cpu", within_state=False):
+    """Read a PRM to act with. UserError if it does not fit the policy or the use.
 
-    Best-of-N over actions compares at `one_state`; everything else here compares Q of different states, for which f must mean the
-    same everywhere. A PRM trained on preferences between actions of one state (`--prm-loss bt`) has a constant of its own at every
-    state, that of InversePRM falls as an episode nears its end, and the labels of --shape-with are no values: they are refused.
+    within_state: it will compare actions of one state only. The score of a PRM trained by the
+    relative loss (BT) is defined up to a constant per state, InversePRM's falls towards the end of
+    an episode, and shaped labels are no values: these are refused for everything else.
     """
-    prm, words = read_model(folder, device, "score")
-    if prm.config.head == "relative" and not one_state:
-        raise UserError(f"{folder} was trained to compare actions of one state (--prm-loss bt, --algo inverseprm): it is for --best-of alone")
-    if origin(folder)[0].get("shape_with") and not one_state:
-        raise UserError(f"{folder} was trained on shaped labels (--shape-with), which are no values: it is for --best-of alone")
-    if words.tokens != tokenizer.tokens:
-        raise UserError(f"{folder} has another vocabulary than the policy")
+    prm, own = read_model(folder, device, "score")
+    if own.tokens != tokenizer.tokens:
+        raise UserError(f"{folder}: this PRM has another vocabulary than the policy")
+    if not within_state and (why := relative(folder)):
+        raise UserError(f"{folder}: a PRM trained with {why} compares actions of one state only; "
+                        "use --best-of or --act-beta")
     return prm
 
 
-# --- one action at a time ----------------------------------------------------------------------------------------------
+def relative(folder):
+    """Why the scores of a PRM in a run directory (RUN/iterI/prm) do not compare across states."""
+    try:
+        flags = json.loads((Path(folder).resolve().parents[1] / "config.json").read_text())["flags"]
+        reasons = {"--prm-loss bt": flags.get("prm_loss") == "bt",
+                   "--algo inverseprm": flags.get("algo") == "inverseprm",
+                   "--ablation shaping": "shaping" in (flags.get("ablation") or "")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # not part of a run
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
-def best_of_n(prm, n, depth=0):
-    """Sample n actions, drop duplicates by text, take the one of highest Q (P1, section 2.4): a chooser for `rollout`.
 
-    With a depth D, candidates are compared by γ^D Q of what the policy imagines after them, D answers of the world and D more
-    actions (P1, model-predictive reasoning). All of one state are imagined to the same depth, so γ^D changes nothing and is left
-    out. Where D turns might not fit the context, it is as many as do.
+# --- acting at one state -------------------------------------------------------------------------
+
+def draws(log_pi, names, n):
+    """n samples of π(·|s) at each state, (B, n); the first is the action that `sample` takes.
+
+    log_pi (B, C), names (4, B): RNG keys.
     """
-
-    def choose(policy, tokenizer, cache, rows, lengths, h, names, temperature, histories):
-        drawn = branch(policy, cache, rows, lengths[rows], h, n, names, temperature)
-        drawn = [distinct(state, tokenizer) for state in drawn]
-        branches = [(j, len(histories[j]), action, forced) for j, state in enumerate(drawn) for action, _, forced in state]
-        if depth:
-            state = np.array([j for j, *_ in branches])
-            number = np.concatenate([np.arange(len(some)) for some in drawn])
-            room = (policy.config.max_len - lengths[rows][state] - MAX_ACTION) // (MAX_ANSWER + MAX_ACTION)
-            futures = imagine(policy, cache, rows[state], lengths[rows][state], [action for _, _, action, _ in branches],
-                              np.vstack([names[:, state], number]), temperature, np.minimum(depth, room))
-            branches = [(j, start, action + future, False) for (j, start, action, _), future in zip(branches, futures)]
-        q = Tree(histories, branches, policy.cos.device).scores(prm).cpu().numpy()  # at the last <end> of each
-        ends = np.cumsum([len(state) for state in drawn])
-        best = [state[int(part.argmax())] for state, part in zip(drawn, np.split(q, ends[:-1]))]
-        return tuple(map(list, zip(*best)))
-
-    return choose
+    u = [uniform(*names), *(uniform(*names, i) for i in range(1, n))]
+    return torch.stack([draw(log_pi, x) for x in u], dim=1)
 
 
-def imagine(policy, cache, owner, lengths, actions, names, temperature, depth):
-    """What might follow each of B actions, by the policy alone: an answer of the world, an action, `depth` (B,) times.
+def best_of_n(n):
+    """act: sample n actions, take the one of highest Q (P1). Duplicates change nothing."""
+    def act(turn):
+        drawn = draws(turn.log_pi, turn.names, n)
+        best = turn.f.gather(1, drawn).argmax(1, keepdim=True)
+        return drawn.gather(1, best)[:, 0]
 
-    Action b stands behind the first lengths[b] places of cache row owner[b], which stays as it is. Answers are the most probable
-    tokens, one after the other, actions are sampled; names (k, B) as in `sample_actions`. -> B lists of ids, to the last <end>
+    return act
 
-    The transcript ends with the action that wins, so the policy has not learned that an episode can end: it imagines on.
+
+def tilted(beta):
+    """act: sample from π(a|s) · exp(Q(s,a)/β) / Z(s) (METHOD, equation 1); β = ∞ is the policy."""
+    def act(turn):
+        return draw(tilt(turn.log_pi, turn.f.sigmoid(), beta), uniform(*turn.names))
+
+    return sample if beta == math.inf else act
+
+
+# --- look-ahead ----------------------------------------------------------------------------------
+
+def look_ahead(prm, n, depth, temperature=0.3):
+    """act: Best-of-n by imagined futures of equal depth D (P1, model-predictive reasoning).
+
+    A candidate's value is γ^D Q of what the policy imagines after it: D answers of the world and D
+    actions. All candidates of a state share D, so γ^D is left out. Where the context has no room
+    for D turns, as many as fit are imagined.
     """
-    futures, going = [[] for _ in actions], np.arange(len(actions))
-    cache, lengths, said = copied_rows(policy, cache, owner, int(lengths.max())), lengths.copy(), actions
-    for turn in range(depth.max(initial=0)):
-        on = np.nonzero(depth[going] > turn)[0]
-        going, cache, lengths, said = going[on], cache.take(on), lengths[on], [said[i] for i in on]
-        rows, named = np.arange(len(on)), np.vstack([names[:, going], np.full(len(on), turn)])
-        h = feed(policy, cache, rows, lengths, said)  # (B, D)
-        answers, _, _ = sample_actions(policy, cache, lengths, h, named, 0, last=ACT, most=MAX_ANSWER)
-        h = feed(policy, cache, rows, lengths, [[ACT]] * len(on))
-        actions, _, _ = sample_actions(policy, cache, lengths, h, named, temperature)
-        for b, answer, action in zip(going, answers, actions):
-            futures[b] += answer + action
-        said = [[END]] * len(on)  # what the cache still lacks
-    return futures
+    def act(turn):
+        drawn = [list(dict.fromkeys(row)) for row in
+                 draws(turn.log_pi, turn.names, n).tolist()]  # distinct, in the order drawn
+        state = np.repeat(np.arange(len(drawn)), [len(row) for row in drawn])
+        candidate = np.concatenate(drawn)
+        paths = [turn.trees[b].ids[turn.trees[b].paths[c]] for b, c in zip(state, candidate)]
+        used = np.array([len(ids) for ids in turn.histories])
+        room = (turn.policy.config.max_len - used - MAX_ACTION) // (MAX_ANSWER + MAX_ACTION)
+        depths = np.minimum(depth, room)[state]
+        names = np.vstack([turn.names[:, state], candidate])
+        futures = imagine(turn, turn.rows[state], paths, depths, temperature, names)
+        trees = [PrefixTree([ids for b, ids in zip(state, futures) if b == own], tuple)
+                 for own in range(len(drawn))]
+        f = score_states(prm, turn.histories, [(b, len(ids), tree) for b, (ids, tree) in
+                                               enumerate(zip(turn.histories, trees))])
+        best = [row[int(values[:len(row)].argmax())] for row, values in zip(drawn, f)]
+        return torch.tensor(best, device=turn.log_pi.device)
+
+    return act
+
+
+def imagine(turn, rows, actions, depths, temperature, names):
+    """What may follow each of n actions according to the policy, by free generation.
+
+    Action i (ids without <end>) stands behind cache row rows[i] of the turn. Then come, depths[i]
+    times, an answer of the world (its most probable tokens) and an action (sampled). names (k, n):
+    RNG keys. -> n lists of ids, without the last <end>
+
+    A transcript ends with the action that wins, so the policy has not learned that an episode can
+    end: it imagines on.
+    """
+    cache, lengths = copy(turn.cache), turn.lengths[rows]
+    cache.take(rows)  # of the copy; the rollout's own rows stay as they are
+    futures = [[*ids.tolist(), END] for ids in actions]
+    pending = [list(ids) for ids in futures]  # what the cache lacks
+    for d in range(depths.max(initial=0)):
+        on = np.nonzero(depths > d)[0]
+        keys = np.vstack([names[:, on], np.full(len(on), d)])
+        for last, most, t in ((ACT, MAX_ANSWER, 0), (END, MAX_ACTION, temperature)):
+            tokens = [ids if depth > d else [] for ids, depth in zip(pending, depths)]
+            h = turn.policy.extend(cache, lengths, tokens)
+            ends = np.cumsum([len(ids) for ids in tokens])[on] - 1
+            lengths[on] += [len(tokens[i]) for i in on]
+            said, _ = generate(turn.policy, cache, on, lengths, h[ends], t, keys, last, most)
+            for i, ids in zip(on, said):
+                futures[i] += [*ids, last]
+                pending[i] = [last]
+                lengths[i] += len(ids)
+    return [ids[:-1] for ids in futures]
 
 
 @torch.no_grad()
 def prediction_accuracy(policy, trajectories, batch=64):
-    """How well does the policy know the world? Its answers as `imagine` has them, against the real ones to the actions taken.
+    """How well the policy predicts the world's answers to the actions taken.
 
-    The most probable answer is the real one exactly if each token of it is the most probable after the real ones before, so one
-    pass over a trajectory tells. -> {"answers": how many, "exact": share that is right to the last token, "tokens": share of tokens
-    that are right, given the ones before}; the shares are None where there are no answers.
+    The most probable answer is the real one exactly if each of its tokens is the most probable
+    after the real ones before it, so one pass over a trajectory suffices. -> {"answers": their
+    number, "exact": share predicted in whole, "tokens": share of tokens}; None without answers.
     """
-    right, lengths = [], []
-    for start in range(0, len(trajectories), batch):
-        part = trajectories[start:start + batch]
-        ids, spans = pad([t.ids for t in part]).to(policy.cos.device), [t.spans for t in part]
-        row, place = answer_tokens(spans, ids.device)
-        guess = action_logprobs(policy.logits(policy(ids)[row, place - 1]), 1, last=ACT).argmax(-1)
-        right.append((guess == ids[row, place]).cpu().numpy())
-        lengths += [s[1:, 0] - s[:-1, 1] for s in spans]
-    right, lengths = np.concatenate(right), np.concatenate(lengths)
-    if not len(lengths):
+    special, right = [i for i in range(len(SPECIAL)) if i != ACT], []
+    for low in range(0, len(trajectories), batch):
+        part = trajectories[low:low + batch]
+        for t, h in zip(part, hidden_states(policy, part)):
+            logits = policy.logits(h[:len(t.ids) - 1])
+            logits[:, special] = -torch.inf
+            hit = logits.argmax(-1).cpu().numpy() == t.ids[1:]  # hit[i]: token i + 1
+            right += [hit[end - 1:start - 1] for end, start in zip(t.spans[:-1, 1], t.spans[1:, 0])]
+    if not right:
         return {"answers": 0, "exact": None, "tokens": None}
-    exact = np.logical_and.reduceat(right, lengths.cumsum() - lengths) & (lengths <= MAX_ANSWER)
-    return {"answers": len(lengths), "exact": float(exact.mean()), "tokens": float(right.mean())}
+    exact = np.mean([r.all() and len(r) <= MAX_ANSWER for r in right])
+    return {"answers": len(right), "exact": float(exact),
+            "tokens": float(np.concatenate(right).mean())}
 
 
-# --- whole episodes ----------------------------------------------------------------------------------------------------
+def hidden_states(model, trajectories):
+    """(B, longest, D) of whole trajectories."""
+    lengths = torch.tensor([len(t.ids) for t in trajectories])
+    return model.ragged(pad([t.ids for t in trajectories]).to(model.device), lengths)
 
-def last_scores(prm, trajectories):
-    """f of the last action of each episode, (n,)."""
-    return np.array([f[-1] for f in score(prm, trajectories)])
+
+# --- whole episodes ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def last_scores(prm, trajectories, batch=64):
+    """f of the last action of each episode. -> (n,) array"""
+    f = []
+    for low in range(0, len(trajectories), batch):
+        part = trajectories[low:low + batch]
+        f += [float(prm.scores(h[len(t.ids) - 1]))
+              for t, h in zip(part, hidden_states(prm, part))]
+    return np.array(f)
 
 
-def best_episodes(trajectories, q, n):
-    """Best-of-N over whole episodes (P2): of every n of a game, numbers 0 … n−1, n … 2n−1, …, the one of highest q.
+def best_episodes(trajectories, f, n):
+    """Best-of-n over whole episodes (P2): of episodes 0 … n−1, n … 2n−1, … of each game, the one
+    whose last action has the highest Q; an episode cut by the step cap competes like any other.
 
-    q: `last_scores`. An episode cut by the step cap stands there with the Q of its last action, as any other. -> those trajectories
+    f: `last_scores`. -> list of Trajectory
     """
     best = {}
-    for i in sorted(range(len(trajectories)), key=lambda i: (trajectories[i].game, trajectories[i].episode)):
+    order = sorted(range(len(trajectories)),
+                   key=lambda i: (trajectories[i].game, trajectories[i].episode))
+    for i in order:
         group = trajectories[i].game, trajectories[i].episode // n
-        if group not in best or q[i] > q[best[group]]:
+        if group not in best or f[i] > f[best[group]]:
             best[group] = i
     return [trajectories[i] for i in best.values()]
 
 
-# --- beams -------------------------------------------------------------------------------------------------------------
+# --- beams ---------------------------------------------------------------------------------------
 
 @dataclass
 class Beam(Row):
     """One of the histories that a search keeps."""
-    world: tuple = ()  # a snapshot: the world as it stands there
-    q: float = 0.0  # of the last action
+    world: tuple = ()  # a snapshot of its world
+    f: float = 0.0  # of its last action
     parent: int = 0  # the row of both caches that holds its first `fed` tokens
     fed: int = 0
+
+    def child(self, parent, f):
+        """A copy, to be extended by one action."""
+        own = {name: list(getattr(self, name))
+               for name in ("ids", "spans", "choice", "counts", "logp")}
+        return replace(self, **own, f=f, parent=parent, fed=len(self.ids))
 
 
 @dataclass
 class Search:
     """The search for one episode."""
     live: list  # of Beam, best first
-    ended: list = field(default_factory=list)  # (ended by itself, q of the last action, Trajectory)
-    tried: int = 0  # actions taken to the world
+    ended: list = field(default_factory=list)  # (ended by itself, f of last action, Trajectory)
+    tried: int = 0  # actions taken in the world
 
 
 @torch.no_grad()
-def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0.3, seed=0, slots=None, max_steps=30, make_env=AlfworldEnv):
-    """Yield (Trajectory, actions tried in the world) for each (game, episode number), in the order in which they are found.
+def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0.3, max_steps=30,
+                seed=0, slots=None):
+    """Step-level beam search, keep × expand (Snell et al. 2024, section 5.2; P2).
 
-    Step-level beam search, keep × expand (Snell et al. 2024, section 5.2; P2): each of `keep` histories samples `expand` actions (the
-    first step samples all keep × expand from the prompt), duplicates by text are dropped, the `keep` of highest Q are taken to
-    the world, each from where it was. This needs a world that can be set back, unlike Best-of-N over actions.
-
-    A history that the world ended by itself leaves the beam. The search stops when no history still in it has a higher Q than the best of
-    those, or when none is left, and returns the one of highest Q that ended by itself; without any, of those cut by a cap.
-    slots: searches in flight (default: by `slots_for`).
+    Each of `keep` histories samples `expand` candidates (the first step keep · expand), duplicates
+    are dropped, and the `keep` of highest Q are taken to the world, each from its own state. A
+    history that the world ended leaves the beam. The search stops when no history in the beam has
+    a higher Q than the best of those, or when the beam is empty. It returns the one of highest Q
+    that the world ended; without any, of those that were cut.
+    slots: searches at once. Yields (Trajectory, actions taken in the world) for each Episode.
     """
-    waiting, env, searches, context = deque(episodes), make_env(max_steps), [], policy.config.max_len
-    slots = slots or slots_for(policy, keep * expand)
-    cache, prm_cache = (Cache(model.config, 1, 0, model.cos.device) for model in (policy, prm))
+    env, tree_of, context = AlfworldEnv(max_steps), tree_builder(tokenizer), policy.config.max_len
+    waiting, searches = deque(episodes), []
+    slots = slots or max(1, slots_for(policy) // keep)
+    caches = [Cache(model.config, 1, model.device) for model in (policy, prm)]
     while waiting or searches:
         while waiting and len(searches) < slots:
-            beam = begin(Beam, env, tokenizer, context, *waiting.popleft())
-            beam.world = env.snapshot()
-            searches.append(Search([beam]))
-        beams = [beam for search in searches for beam in search.live]  # row by row of the caches
-        parents, rows, lengths = (np.array(x) for x in ([beam.parent for beam in beams], range(len(beams)), [beam.fed for beam in beams]))
-        cache, prm_cache = cache.take(parents), prm_cache.take(parents)
-        news = [beam.ids[beam.fed:] for beam in beams]
-        feed(prm, prm_cache, rows, lengths.copy(), news)
-        h = feed(policy, cache, rows, lengths, news)  # (B, D)
-        candidates = next_actions(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps)
-        owner = np.array([j for j, *_ in candidates])
-        fresh = copied_rows(prm, prm_cache, owner, int(lengths.max()))
-        q = prm.scores(feed(prm, fresh, np.arange(len(owner)), lengths[owner], [action for _, action, *_ in candidates])).cpu().numpy()
-        of = np.repeat(np.arange(len(searches)), [len(search.live) for search in searches])[owner]  # the search of each candidate
-        for s, search in enumerate(searches):
-            mine, search.live = np.nonzero(of == s)[0], []
-            for c in mine[np.argsort(-q[mine], kind="stable")][:keep]:
-                j, action, logp, forced = candidates[c]
-                beam = replace(beams[j], **{name: list(getattr(beams[j], name)) for name in ("ids", "spans", "logp", "forced", "inadmissible")},
-                               q=float(q[c]), parent=j, fed=lengths[j])
-                beam.ids += action[:-1] if forced else action
-                beam.action_logp = logp
+            row = begin(env, tokenizer, waiting.popleft(), context)
+            searches.append(Search([Beam(**vars(row), world=env.snapshot())]))
+        beams = [beam for search in searches for beam in search.live]  # cache row by row
+        for cache in caches:
+            cache.take([beam.parent for beam in beams])
+        starts, chains = np.array([beam.fed for beam in beams]), [b.ids[b.fed:] for b in beams]
+        trees = [tree_of(beam.commands) for beam in beams]
+        log_pi = extend(policy, caches[0], starts, chains, trees, temperature)
+        f = extend(prm, caches[1], starts, chains, trees).tolist()
+        counts = [expand if beam.spans else keep * expand for beam in beams]
+        # The best beam's random numbers are those of Best-of-N, the others' those of later steps.
+        names = np.array([(seed, key(beam.episode.game.id), beam.episode.number,
+                           len(beam.spans) + rank * max_steps)
+                          for search in searches for rank, beam in enumerate(search.live)]).T
+        drawn = [dict.fromkeys(row[:count]) for row, count in
+                 zip(draws(log_pi, names, max(counts)).tolist(), counts)]
+        first = 0
+        for search in searches:
+            own = range(first, first + len(search.live))
+            first, search.live = own.stop, []
+            options = [(f[j][c], j, c) for j in own for c in drawn[j]]
+            for value, j, c in sorted(options, key=lambda o: -o[0])[:keep]:
+                beam, ids = beams[j].child(j, value), trees[j].ids[trees[j].paths[c]].tolist()
                 env.restore(beam.world)
-                trajectory = act(beam, tokenizer, context, seed)
+                trajectory = step(beam, tokenizer, context, seed, trees[j].commands[c], ids, c,
+                                  float(log_pi[j, c]))
                 search.tried += 1
-                if trajectory is not None:
-                    search.ended.append((not trajectory.truncated, beam.q, trajectory))
+                if trajectory:
+                    search.ended.append((not trajectory.truncated, value, trajectory))
                 else:
                     beam.world = env.snapshot()
                     search.live.append(beam)
-            if not search.live or any(by_itself and value >= search.live[0].q for by_itself, value, _ in search.ended):
+            if not search.live or any(ended and value >= search.live[0].f
+                                      for ended, value, _ in search.ended):
                 yield max(search.ended, key=lambda e: e[:2])[2], search.tried
                 search.live = []
         searches = [search for search in searches if search.live]
-
-
-def next_actions(policy, tokenizer, cache, lengths, h, searches, keep, expand, temperature, seed, max_steps):
-    """Sample actions for every live history; cache row j, lengths[j] and h[j] are those of the j-th. -> [(j, ids, log-probability, forced)]
-
-    No two candidates of a search are the same history: none of one beam read the same, and no two beams do.
-    """
-    beams = [(beam, rank) for search in searches for rank, beam in enumerate(search.live)]
-    states = [(j, rank) for j, (beam, first) in enumerate(beams) for rank in ([first] if beam.spans else range(keep))]
-    # the best beam's random numbers are those of Best-of-N at that step, the others' those of steps that no episode reaches
-    names = np.array([(seed, beams[j][0].key, beams[j][0].episode, len(beams[j][0].spans) + rank * max_steps) for j, rank in states]).T
-    owner, drawn = np.array([j for j, _ in states]), [[] for _ in beams]
-    for j, some in zip(owner, branch(policy, cache, owner, lengths[owner], h[owner], expand, names, temperature)):
-        drawn[j] += some
-    return [(j, *action) for j, some in enumerate(drawn) for action in distinct(some, tokenizer)]
