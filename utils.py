@@ -6,13 +6,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -303,15 +300,14 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
     stretches, each with what watch() -> {metric: value} says at its end. Of several ranks each
     returns its part of the loss. UserError where the loss is no finite number.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
-                                  weight_decay=weight_decay, fused=True)
-    step, log, sums = _load_state(state, model, optimizer)
+    optimizers = optimizers_of(model, lr, weight_decay)
+    step, log, sums = _load_state(state, model, optimizers)
     saved, stretch = time.monotonic(), max(1, -(-updates // 20))
     model.train()
     bar = tqdm(total=updates, initial=step, desc=name, unit="update", dynamic_ncols=True)
     while step < updates:
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / max(1, 0.05 * updates),
-                                                   1 - step / updates)
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = lr * min((step + 1) / max(1, 0.05 * updates), 1 - step / updates)
         model.zero_grad(set_to_none=True)
         loss, metrics = loss_of(step)
         if loss is not None:
@@ -321,7 +317,8 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
             loss.backward()
         sum_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         for metric, (total, n) in metrics.items():
             before = sums.get(metric, (0.0, 0.0))
@@ -337,23 +334,39 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
             model.train()
         if time.monotonic() - saved > 10 or step == updates:
             if rank() == 0:
-                _save_state(state, model, optimizer, step, log, sums)
+                _save_state(state, model, optimizers, step, log, sums)
             saved = time.monotonic()
     bar.close()
     model.eval()
     return log
 
 
-def _save_state(path, model, optimizer, step, log, sums):
+def optimizers_of(model, lr, weight_decay):
+    """Muon for the matrices inside the layers, AdamW for the rest, at one learning rate.
+
+    Muon's updates are scaled to the size of AdamW's. In-context copying, the bottleneck of SFT
+    here, is learned in a fraction of the updates that AdamW alone needs (docs/results.md).
+    """
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    known = set(map(id, inner))
+    rest = [p for p in model.parameters() if id(p) not in known]
+    if os.environ.get("ADAMW"): inner, rest = [], list(model.parameters())
+    return [*([torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay,
+                             adjust_lr_fn="match_rms_adamw")] if inner else []),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
+
+
+def _save_state(path, model, optimizers, step, log, sums):
     tensors = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        for kind, value in optimizer.state.get(p, {}).items():
-            tensors[f"{kind} {name}"] = value.contiguous()
+        for optimizer in optimizers:
+            for kind, value in optimizer.state.get(p, {}).items():
+                tensors[f"{kind} {name}"] = value.contiguous()
     progress = {"progress": json.dumps({"step": step, "log": log, "sums": sums})}
     write_file(path, lambda p: save_file(tensors, str(p), metadata=progress))
 
 
-def _load_state(path, model, optimizer):
+def _load_state(path, model, optimizers):
     """-> (step, log, sums) of an interrupted training, its weights and moments loaded."""
     if not Path(path).exists():
         return 0, [], {}
@@ -364,85 +377,11 @@ def _load_state(path, model, optimizer):
                 kind, name = full.split(" ", 1)
                 stored.setdefault(name, {})[kind] = f.get_tensor(full)
             progress = json.loads(f.metadata()["progress"])
+            owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
             for name, p in model.named_parameters():
                 p.copy_(stored[name].pop("weight"))
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device)
-                                      for k, v in stored[name].items()}
+                if stored[name]:
+                    owner[p].state[p] = {k: v.to(p.device) for k, v in stored[name].items()}
     except Exception as error:  # of safetensors, JSON, or a missing tensor
         raise UserError(f"{path}: damaged ({error!r}); delete it to start this stage again") from error
     return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}
-
-
-# --- the run directory ---------------------------------------------------------------------------
-
-def provenance():
-    """Where a result comes from: git commit, versions, machine."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        ask = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout
-        commit = ask("rev-parse", "HEAD").strip() + "+changes" * bool(ask("status", "--porcelain", "-uno"))
-    except OSError:
-        commit = None  # no git on this machine
-    packages = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
-    return {"commit": commit or None, "machine": f"{platform.machine()}, {cpu_count()} cores",
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
-
-
-class Run:
-    """A run directory. config.json: flags, games, provenance; iter<i>/<stage>.json: records of the
-    finished stages; state.json: seconds and memory by stage; metrics.jsonl: all records."""
-
-    def __init__(self, path, flags, games, free=()):
-        """Start or continue a run; its flags and games must be the same, except those in `free`."""
-        self.path, config = Path(path), Path(path, "config.json")
-        new = {"flags": flags, "games": games}
-        if config.exists():
-            old = read_json(config)
-            differ = [f"--{k.replace('_', '-')} {old[part].get(k)} -> {new[part].get(k)}"
-                      for part in new for k in sorted({*old[part], *new[part]} - {*free})
-                      if old[part].get(k) != new[part].get(k)]
-            if differ and any(self.path.glob("*/*")):
-                raise UserError(f"{path} holds a run with other settings ({'; '.join(differ)}): "
-                                "use them, or another --out")
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{path} is not empty and holds no run: use another --out")
-        self.origin = provenance()
-        if rank() == 0:
-            write_json(config, {**new, "command": " ".join(sys.argv), **self.origin})
-        wait_for_ranks()
-
-    def once(self, name, make):
-        """Run make(state) -> record unless its record exists. -> the record
-
-        `state` is a file in which make keeps its place; it is removed at the end.
-        """
-        record, state = self.path / f"{name}.json", self.path / f"{name}.state.safetensors"
-        if not record.exists():
-            start, cores = time.monotonic(), sum(os.times()[:4])
-            try:
-                made = make(state)
-                wait_for_ranks()
-                if rank() == 0:
-                    write_json(record, {"stage": name, "commit": self.origin["commit"], **made})
-            finally:
-                self._add_cost(name, time.monotonic() - start, sum(os.times()[:4]) - cores)
-        wait_for_ranks()
-        if rank() == 0:
-            state.unlink(missing_ok=True)
-        return read_json(record)
-
-    def _add_cost(self, name, seconds, core_seconds):
-        """Add what a stage took, over all sittings, to state.json."""
-        if rank() == 0:
-            file = self.path / "state.json"
-            costs = read_json(file) if file.exists() else {}
-            cost = costs.setdefault(name, {"seconds": 0, "core_seconds": 0, "peak_mb": 0})
-            cost["seconds"] = round(cost["seconds"] + seconds, 2)
-            cost["core_seconds"] = round(cost["core_seconds"] + core_seconds, 2)
-            cost["peak_mb"] = max(cost["peak_mb"], round(peak_memory() / 1e6))
-            write_json(file, costs)
-
-    def records(self):
-        """{(iteration, stage): record} of the finished stages, in order of iteration."""
-        files = sorted(self.path.glob("iter*/*.json"), key=lambda f: (int(f.parent.name[4:]), f.name))
-        return {(int(f.parent.name[4:]), f.stem): read_json(f) for f in files}

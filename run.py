@@ -1,0 +1,116 @@
+"""The run directory: what was asked for, what is done, what came out. A run can be killed anywhere.
+
+    config.json      flags, games, provenance            iter0/policy     π_0
+    metrics.jsonl    the records of all finished stages  iter<i>/rollouts rollouts of π_{i−1}
+    state.json       seconds and memory by stage         iter<i>/prm      Q_i
+    result.json      π_0 … π_N, best on dev              iter<i>/policy   π_i
+    best/            that policy, and its PRM            iter<i>/*.json   records
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from utils import (UserError, cpu_count, peak_memory, rank, read_json, wait_for_ranks, write_file,
+                   write_json)
+
+PACKAGES = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
+
+
+def provenance():
+    """Where a result comes from: git commit, versions, machine."""
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "-uno"))
+    except OSError:
+        commit = None  # no git on this machine
+    return {"commit": commit or None, "machine": f"{platform.machine()}, {cpu_count()} cores",
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}}
+
+
+def fingerprint(games):
+    """A text that is equal for equal lists of games: their number and a hash of their ids."""
+    ids = "\n".join(game.id for game in games)
+    return f"{len(games)} games, {hashlib.sha256(ids.encode()).hexdigest()[:12]}"
+
+
+class Run:
+    """A run directory, whose stages are each run once."""
+
+    def __init__(self, path, flags, games, free=()):
+        """Start or continue a run: flags {name: value} and games {split: fingerprint}.
+
+        UserError where they differ from those of the run that is continued, `free` ones excepted.
+        """
+        self.path, config = Path(path), Path(path, "config.json")
+        new = {"flags": flags, "games": games}
+        if config.exists():
+            old = read_json(config)
+            differ = [f"{'--' * (part == 'flags')}{k.replace('_', '-')} {old[part].get(k)} -> "
+                      f"{new[part].get(k)}" for part in new
+                      for k in sorted({*old[part], *new[part]} - {*free})
+                      if old[part].get(k) != new[part].get(k)]
+            if differ and any(self.path.glob("*/*")):
+                raise UserError(f"{path} holds a run with other settings ({'; '.join(differ)}): "
+                                "use them, or another --out")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no run: use another --out")
+        self.origin = provenance()
+        if rank() == 0:
+            write_json(config, {**new, "command": " ".join(sys.argv), **self.origin})
+        wait_for_ranks()
+
+    def once(self, name, make):
+        """make(state) -> {…}, the stage's record, unless there is one. -> the record
+
+        `state` is a file in which make keeps its place; it is removed at the end.
+        """
+        record, state = self.path / f"{name}.json", self.path / f"{name}.state.safetensors"
+        if not record.exists():
+            start, cores = time.monotonic(), sum(os.times()[:4])
+            try:
+                made = make(state)
+                wait_for_ranks()
+                if rank() == 0:
+                    write_json(record, {"stage": name, "commit": self.origin["commit"], **made})
+                    self._write_metrics()
+            finally:
+                self._add_cost(name, time.monotonic() - start, sum(os.times()[:4]) - cores)
+        wait_for_ranks()
+        if rank() == 0:
+            state.unlink(missing_ok=True)
+        return read_json(record)
+
+    def records(self):
+        """{(iteration, stage): record} of the finished stages, in order of iteration."""
+        files = sorted(self.path.glob("iter[0-9]*/*.json"),
+                       key=lambda f: (int(f.parent.name[4:]), f.name))
+        return {(int(f.parent.name[4:]), f.stem): read_json(f) for f in files}
+
+    def costs(self):
+        """{stage: {"seconds", "core_seconds", "peak_mb"}}, over all sittings."""
+        file = self.path / "state.json"
+        return read_json(file) if file.exists() else {}
+
+    def _write_metrics(self):
+        lines = [json.dumps({k: v for k, v in record.items() if k != "episodes"})
+                 for record in self.records().values()]
+        write_file(self.path / "metrics.jsonl", lambda p: p.write_text("\n".join(lines) + "\n"))
+
+    def _add_cost(self, name, seconds, core_seconds):
+        if rank() == 0:
+            costs = self.costs()
+            cost = costs.setdefault(name, {"seconds": 0, "core_seconds": 0, "peak_mb": 0})
+            cost["seconds"] = round(cost["seconds"] + seconds, 2)
+            cost["core_seconds"] = round(cost["core_seconds"] + core_seconds, 2)
+            cost["peak_mb"] = max(cost["peak_mb"], round(peak_memory() / 1e6))
+            write_json(self.path / "state.json", costs)
