@@ -1,0 +1,124 @@
+"""Results as numbers and as text: success with its interval, a table, an episode step by step."""
+
+import numpy as np
+import torch
+
+from candidates import score_states, tree_builder
+from fast_alfworld import TASK_TYPES, AlfworldEnv
+from rollout import replay
+from tokenizer import split_intro
+
+SHOWN = 6  # candidates of a state that `narrate` prints
+
+# --- many episodes -------------------------------------------------------------------------------
+
+
+def summarise(episodes, games):
+    """Success, its 95 % interval and mean actions (over all episodes), in all and by task type.
+
+    episodes: list of {"game", "won", "actions"}. -> {"games", "success", "interval",
+    "mean_actions", "by_task": {task type: the same}}
+    """
+    def share(part):
+        return {"games": len({e["game"] for e in part}), "success": mean(e["won"] for e in part),
+                "interval": bootstrap(by_game(part).values()),
+                "mean_actions": mean(e["actions"] for e in part)}
+
+    type_of = {game.id: game.task_type for game in games}
+    by_task = {t: [e for e in episodes if type_of[e["game"]] == t] for t in TASK_TYPES}
+    return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
+
+
+def mean(values):
+    return float(np.mean(list(values)))
+
+
+def by_game(episodes):
+    """-> {game: share of its episodes that were won}, in order of game"""
+    won = {}
+    for e in sorted(episodes, key=lambda e: e["game"]):
+        won.setdefault(e["game"], []).append(e["won"])
+    return {game: mean(w) for game, w in won.items()}
+
+
+def bootstrap(values, n=10_000, seed=0):
+    """95 % interval of the mean of one value a game, resampling games. -> [low, high]"""
+    values = np.array(list(values))
+    resampled = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    return np.quantile(values[resampled].mean(1), (0.025, 0.975)).tolist()
+
+
+def paired_bootstrap(before, after):
+    """Two lists of episodes on the same games -> (mean gain in success, low, high), 95 %."""
+    a, b = by_game(before), by_game(after)
+    if a.keys() != b.keys():
+        raise ValueError("a paired bootstrap needs the same games on both sides")
+    gain = [b[game] - a[game] for game in a]
+    return mean(gain), *bootstrap(gain)
+
+
+def table(result):
+    """A result of `evaluate_*` -> lines of text."""
+    lines = [f"{'task type':34}{'games':>7}{'success':>9}{'95 % interval':>18}{'actions':>9}"]
+    for name, r in (*result["by_task"].items(), ("all", result)):
+        low, high = r["interval"]
+        lines.append(f"{name:34}{r['games']:7}{r['success']:9.1%}{low:9.1%} …{high:7.1%}"
+                     f"{r['mean_actions']:9.2f}")
+    return lines
+
+
+def report(result, against, used):
+    """A result, and what it is compared with -> lines of text."""
+    r = result
+    yield (f"agent {r['agent']}{used}, {r['data']}, {r['actions']}, cap {r['max_steps']}, "
+           f"temperature {r['temperature']}, engine {r['engine']}, "
+           f"{r['episodes_per_game']} episode(s) a game")
+    yield from table(r)
+    if r.get("inadmissible"):
+        yield f"inadmissible actions: {r['inadmissible']:.1%}"
+    if "world_actions" in r:
+        yield f"actions taken in the world, an episode: {r['world_actions']:.1f}"
+    if "oracle" in r:
+        yield f"all rollouts: {r['plain']:.1%}; at least one of N won: {r['oracle']:.1%}"
+    if "equal_episodes" in r:
+        yield f"equal in both engines: {r['equal_episodes']} of {len(r['episodes'])} episodes"
+    if "gain" in r:
+        gain, low, high = (100 * x for x in r["gain"])
+        yield f"gain over {against}: {gain:+.1f} points ({low:+.1f} … {high:+.1f})"
+
+
+# --- one episode ---------------------------------------------------------------------------------
+
+@torch.no_grad()
+def explain(game, trajectory, policy, tokenizer, temperature, prm=None):
+    """An episode as a dict. Each step: {"action", "answer", "admissible", "candidates": all of
+    them as {"action", "pi": π(a|s), "q": Q(s,a) or None}, the most likely first}."""
+    env, tree_of = AlfworldEnv(len(trajectory)), tree_builder(tokenizer)
+    commands = replay(trajectory, game, tokenizer)
+    states = [(0, int(start), tree_of(c)) for start, c in zip(trajectory.spans[:, 0], commands)]
+    pi = score_states(policy, [trajectory.ids], states, temperature).exp().tolist()
+    q = score_states(prm, [trajectory.ids], states).sigmoid().tolist() if prm else None
+    task, observation = split_intro(env.reset(game)[0])
+    steps = []
+    for t, action in enumerate(tokenizer.actions(trajectory.ids)):
+        options = [{"action": c, "pi": pi[t][i], "q": q and q[t][i]}
+                   for i, c in enumerate(commands[t])]
+        steps.append({"action": action, "answer": env.step(action)[0],
+                      "admissible": bool(trajectory.choice[t] >= 0),
+                      "candidates": sorted(options, key=lambda o: -o["pi"])})
+    return {"game": game.id, "task_type": game.task_type, "won": bool(trajectory.won),
+            "task": task, "observation": observation, "steps": steps}
+
+
+def narrate(episode):
+    """What `explain` returns -> lines of text."""
+    yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
+    for n, step in enumerate(episode["steps"], 1):
+        yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
+        for rank, o in enumerate(step["candidates"]):
+            taken = o["action"] == step["action"]
+            if rank < SHOWN or taken:
+                q = "" if o["q"] is None else f"   Q {o['q']:.3f}"
+                yield f"   {' >'[taken]} {o['action']:44} π {o['pi']:.3f}{q}"
+        yield step["answer"]
+    yield f"\n{'won' if episode['won'] else 'not won'} after {len(episode['steps'])} actions"
