@@ -248,13 +248,13 @@ def replay(trajectory, game, tokenizer):
 def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most=MAX_ACTION):
     """Sample token by token in cache rows (B,) that end with the hidden states h (B, D).
 
-    lengths (all rows,): tokens in the cache. names (k, B): RNG keys. Up to `most` tokens, until
-    `last`: <end> for an action, <act> for an answer of the world. The cache gets all tokens but
-    `last`; lengths stay as they are. -> ids without `last`, log-probabilities (B,) of all sampled
+    lengths (all rows,): tokens in the cache, left as they are. names (k, B): RNG keys. last: <end>
+    for an action, <act> for an answer of the world; it is the only choice for token number `most`.
+    The cache gets all tokens but `last`. -> ids without `last`, log-probabilities (B,) with it
     """
     out, logp, going = [[] for _ in rows], np.zeros(len(rows)), np.arange(len(rows))
     lengths, special = lengths.copy(), [i for i in range(len(SPECIAL)) if i != last]
-    for k in range(most):
+    for k in range(most - 1):
         logits = policy.logits(h).float()
         logits[:, special] = -torch.inf
         if temperature == 0:
@@ -266,7 +266,7 @@ def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most
         logp[going] += log_p.gather(1, tokens[:, None])[:, 0].double().cpu().numpy()
         tokens = tokens.cpu().numpy()
         going, tokens = going[tokens != last], tokens[tokens != last]
-        if not len(going) or k == most - 1:
+        if not len(going):
             break
         new = [[] for _ in lengths]
         for j, token in zip(going, tokens.tolist()):
@@ -306,6 +306,7 @@ def play_shards(shards, folder, device, workers, **options):
         if any(p.exitcode for p in processes):
             raise UserError("a process that played rollouts has died; the same command continues "
                             "from the last whole shard")
+        yield ended + np.sum(counters, axis=0)
     finally:
         for process in processes:
             if process.pid:
