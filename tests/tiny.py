@@ -121,6 +121,11 @@ def taught():
     return model.eval()
 
 
+@lru_cache
+def prm():
+    return random_model(2, head="score")
+
+
 # --- rollouts ------------------------------------------------------------------------------------
 
 def play(model, episodes, **options):
