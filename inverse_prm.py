@@ -75,14 +75,14 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
                 then.append(now[-1] if last else state(b, k + 1, drawn.get((b, k + 1))))
                 ended.append(last), expert.append(is_expert)
         if not states:
-            return None, {}
+            return None, {"loss": (0, len(picked) / share)}
         f = score_states(prm, sequences, states)[:, 0]  # (pairs,)
         ended, expert = (torch.tensor(x, device=f.device) for x in (ended, expert))
         z = f[now] - gamma * f[then].masked_fill(ended, 0)  # (N,)
         losses = inverse_loss(z, expert)
         loss = sum(losses[expert == side].sum() / (share * mean[side]) for side in mean) / 2
         right, z = ((z > 0) == expert).sum(), z.detach()
-        return loss, {"loss": (loss.detach(), 1), "accuracy": (right, len(z)),
+        return loss, {"loss": (loss.detach(), len(picked) / share), "accuracy": (right, len(z)),
                       "reward/expert": (z[expert].sum(), expert.sum()),
                       "reward/learner": (z[~expert].sum(), (~expert).sum())}
 

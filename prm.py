@@ -75,7 +75,8 @@ def bce_objective(trajectories, labels):
         total = share * mean_weight
         loss = bce_loss(f, q_hat, weight) / total
         excess = loss.detach() - label_entropy(q_hat, weight) / total
-        return loss, {"loss": (loss.detach(), 1), "excess": (excess, 1)}
+        part = len(picked) / share  # of the batch: the parts of all ranks add up to 1
+        return loss, {"loss": (loss.detach(), part), "excess": (excess, part)}
 
     mean_weight = np.mean([weight.sum() for _, weight in labels])  # of a trajectory
     return objective
@@ -93,11 +94,13 @@ def bt_objective(trajectories, pairs, tokenizer):
             for k, worse in pairs[i]:
                 commands = [tokenizer.decode(ids) for ids in (t.ids[slice(*t.spans[k])], worse)]
                 states.append((b, int(t.spans[k, 0]), PrefixTree(tuple(commands), tokenizer.encode)))
+        part = len(picked) / share
         if not states:
-            return None, {}
+            return None, {"loss": (0, part)}
         f = score_states(prm, [trajectories[i].ids for i in picked], states)  # (pairs, 2)
         loss = bt_loss(f[:, 0], f[:, 1]).sum() / (share * mean_pairs)
-        return loss, {"loss": (loss.detach(), 1), "accuracy": ((f[:, 0] > f[:, 1]).sum(), len(f))}
+        right = (f[:, 0] > f[:, 1]).sum()
+        return loss, {"loss": (loss.detach(), part), "accuracy": (right, len(f))}
 
     mean_pairs = np.mean([len(found) for found in pairs]) or 1
     return objective
@@ -119,7 +122,7 @@ def promise_progress_objective(trajectories, targets, beta=1.0):
                                 for x in targets(i, m.detach().double().cpu().numpy(), v))
             losses.append(promise_progress_loss(m, q_hat, advantage, beta))
         loss = torch.cat(losses).sum() / (share * mean_length)
-        return loss, {"loss": (loss.detach(), 1)}
+        return loss, {"loss": (loss.detach(), len(picked) / share)}
 
     mean_length = np.mean([len(t) for t in trajectories])
     return objective
@@ -140,7 +143,7 @@ def fit(prm, n, objective, settings, seed, state, name="PRM"):
     """Minimise an objective over n trajectories. -> log"""
     batch, rng = settings.batch, generator(seed, "prm")
     updates = max(1, round(settings.epochs * -(-n // batch)))
-    order = np.concatenate([rng.permutation(n) for _ in range(int(settings.epochs) + 1)])
+    order = np.concatenate([rng.permutation(n) for _ in range(-(-updates * batch // n))])
 
     def loss_of(step):
         picked = order[step * batch:(step + 1) * batch]

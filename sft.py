@@ -124,6 +124,7 @@ def train_sft(policy, tokenizer, demos, games, settings, seed, state):
         if not rows:
             return None, {}
         if settings.loss == "candidates":
+            total = sum(int(demos[i][1].sum()) for i in order)  # trained actions
             return candidate_loss(policy, rows, games, tokenizer, tree_of, total)
         ids = pad([t.ids for (t, _), _ in rows]).to(device)  # (B, S)
         weights = pad([w for _, w in rows], 0.0, torch.float32).to(device)[:, 1:]
@@ -131,20 +132,25 @@ def train_sft(policy, tokenizer, demos, games, settings, seed, state):
         used = weights > 0
         h = policy.ragged(ids[:, :-1], lengths)[used]  # (N, D)
         loss = sft_loss(policy.logits(h), ids[:, 1:][used], weights[used], total)
-        return loss, {"loss": (loss.detach() * total, total)}
+        return loss, {"loss": (loss.detach() * total, float(weights[used].sum()))}
 
     return optimise(policy, loss_of, settings.epochs * per_epoch, lr=settings.lr, state=state,
                     name="SFT", weight_decay=settings.weight_decay)
 
 
 def candidate_loss(policy, rows, games, tokenizer, tree_of, total):
-    """−log π(a|s) of the demonstrated actions over the candidates, at temperature 1."""
+    """−log π(a|s) of the demonstrated actions over the candidates, at temperature 1.
+
+    total: the number of such actions in the whole batch, of which `rows` may be a part.
+    """
     states, picked = [], []
     for b, ((t, trained), _) in enumerate(rows):
         candidates = replay(t, games[t.game], tokenizer)
         for k in np.nonzero(trained)[0]:
             states.append((b, int(t.spans[k, 0]), tree_of(candidates[k])))
             picked.append(int(t.choice[k]))
+    if not states:
+        return None, {}
     log_pi = score_states(policy, [t.ids for (t, _), _ in rows], states)
-    loss = -log_pi[torch.arange(len(picked)), torch.tensor(picked)].sum() / len(picked)
-    return loss, {"loss": (loss.detach() * len(picked), len(picked))}
+    loss = -log_pi[torch.arange(len(picked)), torch.tensor(picked)].sum() / total
+    return loss, {"loss": (loss.detach() * total, len(picked))}

@@ -282,10 +282,10 @@ def all_gather(value):
 
 
 def sum_gradients(model):
-    """Sum the gradients over the ranks, in place."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    """Sum the gradients over the ranks, in place; without a loss they are 0."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if dist.is_initialized():
             dist.all_reduce(p.grad)
 
 
