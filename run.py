@@ -55,6 +55,8 @@ class Run:
         new = {"flags": flags, "games": games}
         if config.exists():
             old = read_json(config)
+            if not isinstance(old, dict) or not {"flags", "games"} <= old.keys():
+                raise UserError(f"{path} is not empty and holds no run: use another --out")
             differ = [f"{'--' * (part == 'flags')}{k.replace('_', '-')} {old[part].get(k)} -> "
                       f"{new[part].get(k)}" for part in new
                       for k in sorted({*old[part], *new[part]} - {*free})
@@ -65,17 +67,23 @@ class Run:
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{path} is not empty and holds no run: use another --out")
         self.origin = provenance()
+        wait_for_ranks()  # until all have looked
         if rank() == 0:
             write_json(config, {**new, "command": " ".join(sys.argv), **self.origin})
+            if self.records():  # a run that was killed may lack the last line
+                self._write_metrics()
         wait_for_ranks()
 
-    def once(self, name, make):
+    def once(self, name, make, files=()):
         """make(state) -> {…}, the stage's record, unless there is one. -> the record
 
-        `state` is a file in which make keeps its place; it is removed at the end.
+        `state` is a file in which make keeps its place; it is removed at the end. files: what the
+        stage writes; if one was deleted, the stage is run again.
         """
         record, state = self.path / f"{name}.json", self.path / f"{name}.state.safetensors"
-        if not record.exists():
+        missing = not record.exists() or not all(file.exists() for file in files)
+        wait_for_ranks()  # until all have looked
+        if missing:
             start, cores = time.monotonic(), sum(os.times()[:4])
             try:
                 made = make(state)

@@ -337,6 +337,9 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
                 _save_state(state, model, optimizers, step, log, sums)
             saved = time.monotonic()
     bar.close()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{name}: the weights are not all finite numbers after update {step}; "
+                        "try a smaller learning rate")
     model.eval()
     return log
 
