@@ -56,9 +56,14 @@ def main():
 
 # --- the named steps: an ablation's function of the same name takes the place of one --------------
 
-def games(c, train):
-    """The train games, before dev is held out. -> [Game]"""
-    return train
+def games(args, some):
+    """The train games, and those of dev, that are used. -> [Game]"""
+    return some
+
+
+def tokenizer(c):
+    """The vocabulary of π_0, and so of all models. -> Tokenizer"""
+    return train_tokenizer(c.train, c.prior, c.args.seed)
 
 
 def demonstrations_(c):
@@ -82,14 +87,14 @@ def labels(c, i, some):
     return labels_of(some, q_table(some, c.tokenizer, c.args.gamma))
 
 
-def prm_loss(c, i, some):
+def prm_loss(c, i, some, hide_ends=False):
     """The objective of stage 2 on trajectories. -> objective(prm, picked, share, step)"""
     args = c.args
     if args.algo == "inverseprm":
         learners = some + [t for j in range(1, i) for t in c.rollouts(j)]
         return inverse_objective(c.policy(i - 1), c.steps.demonstrations(c), learners, c.by_id,
                                  c.tokenizer, gamma=args.gamma, temperature=args.temperature,
-                                 seed=key(f"inverse {args.seed} {i}"))
+                                 seed=key(f"inverse {args.seed} {i}"), hide_ends=hide_ends)
     if args.prm_loss == "bt":
         table = q_table(some, c.tokenizer, args.gamma)
         return prms.bt_objective(some, preference_pairs(some, table, DELTA)[0], c.tokenizer)
@@ -99,12 +104,15 @@ def prm_loss(c, i, some):
 
 
 def start_prm(c, i, policy):
-    """The PRM before training: π_{i−1} with a scalar head."""
+    """The PRM before training: π_{i−1} with a scalar head. None in its place: there is no PRM."""
     return policy.with_score_head()
 
 
 def judge(c, i, prm):
-    """What scores the candidates in stage 3. -> judge(sequences, states) -> Q (B, C)"""
+    """What scores the candidates in stage 3. -> judge(sequences, states) -> Q (B, C)
+
+    prm: Q_i, or None where there is none. None is returned where the policy loss asks for no Q.
+    """
     return dpo.prm_judge(prm, bounded=c.args.algo == "agentprm" and c.args.prm_loss != "bt")
 
 
@@ -113,9 +121,9 @@ def policy_loss(c, i, some):
     return dpo.policy_loss
 
 
-STEPS = {"games": games, "demonstrations": demonstrations_, "start_states": start_states,
-         "trajectories": trajectories, "labels": labels, "prm_loss": prm_loss,
-         "start_prm": start_prm, "judge": judge, "policy_loss": policy_loss}
+STEPS = {"games": games, "tokenizer": tokenizer, "demonstrations": demonstrations_,
+         "start_states": start_states, "trajectories": trajectories, "labels": labels,
+         "prm_loss": prm_loss, "start_prm": start_prm, "judge": judge, "policy_loss": policy_loss}
 
 
 def promise_targets(c, i, some):
@@ -169,7 +177,7 @@ def supervised(c):
             policy, c.tokenizer = read_model(args.init, c.device)
             log = []
         else:
-            c.tokenizer = train_tokenizer(c.train, c.prior, args.seed)
+            c.tokenizer = c.steps.tokenizer(c)
             torch.manual_seed(key(f"policy {args.seed}"))
             policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, args.dim // 32,
                                         max(1, args.dim // 64), 3 * args.dim)).to(c.device)
@@ -263,7 +271,7 @@ def improve_policy(c, i, some):
 
     def make(state):
         policy, reference = c.policy(i - 1), c.policy(i - 1 if args.ref == "prev" else 0)
-        judged = c.steps.judge(c, i, c.prm(i)) if c.steps.start_prm else None
+        judged = c.steps.judge(c, i, c.prm(i) if c.steps.start_prm else None)
         settings = dpo.Improve(args.improve, args.labels, args.beta, args.kl, lr=args.dpo_lr,
                                updates=args.updates, trajectories=args.dpo_batch,
                                temperature=args.dpo_temperature)
@@ -417,14 +425,16 @@ def parse(argv=None):
 
 def finish(parser, argv):
     """Read the command line; ablations add flags of their own and replace named steps."""
-    names = [n for n in parser.parse_known_args(argv)[0].ablation.split(",") if n]
-    steps, owner = dict(STEPS), {}
+    known = sorted(f.stem for f in Path(__file__).with_name("ablations").glob("[a-z]*.py"))
+    words = [word for word in argv if word not in ("-h", "--help")]  # their flags are shown too
+    names = [n for n in parser.parse_known_args(words)[0].ablation.split(",") if n]
+    steps, owner, checks = dict(STEPS), {}, []
     for name in names:
-        if not Path(__file__).with_name("ablations").joinpath(f"{name}.py").exists():
-            known = sorted(f.stem for f in Path(__file__).with_name("ablations").glob("[a-z]*.py"))
+        if name not in known:
             raise UserError(f"--ablation {name}: must be among {', '.join(known)}")
         module = importlib.import_module(f"ablations.{name}")
         getattr(module, "flags", lambda parser: None)(parser)
+        checks.append(getattr(module, "check", lambda args: None))
         for step in STEPS.keys() & vars(module).keys():
             if step in owner:
                 raise UserError(f"--ablation {owner[step]},{name}: both replace the step {step}")
@@ -442,6 +452,8 @@ def finish(parser, argv):
              f"--targets {args.targets}: needs --prm-loss promise-progress")):
         if wrong:
             raise UserError(complaint)
+    for check in checks:
+        check(args)  # UserError where the flags leave the ablation nothing to change
     return args, SimpleNamespace(**steps)
 
 
