@@ -24,8 +24,7 @@ from fast_alfworld.reference import ReferenceEnv
 from results import explain, mean, narrate, paired_bootstrap, report, summarise
 from rollout import Episode, rollout, slots_for
 from run import provenance
-from search import (beam_search, best_episodes, best_of_n, last_scores, look_ahead, read_prm,
-                    tilted)
+from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
                    generator, pick_device, read_json, read_model, set_up_torch, write_json)
 
@@ -69,7 +68,7 @@ def evaluate_best_episodes(policy, prm, tokenizer, games, n, *, episodes_per_gam
                   games, episodes_per_game * n, "rollouts")
     choices = {(t.game, t.episode // n) for t in played}
     possible = {(t.game, t.episode // n) for t in played if t.won}
-    return {**result_of(best_episodes(played, last_scores(prm, played), n), games),
+    return {**result_of(best_episodes(prm, played, n), games),
             "plain": mean(t.won for t in played), "oracle": len(possible) / len(choices)}
 
 
