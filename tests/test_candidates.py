@@ -235,7 +235,7 @@ def test_draws_by_evenly_spaced_numbers_have_exact_frequencies():
 # --- exact quantities ----------------------------------------------------------------------------
 
 def random_batch(seed, B=50, C=12):
-    """log π, log π' and q of states with different numbers of candidates, padded as by the model."""
+    """log π, log π' and q of states with different numbers of candidates, padded."""
     g, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     trees = [range(int(n)) for n in rng.integers(1, C + 1, B)]
     total = sum(map(len, trees))

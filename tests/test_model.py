@@ -234,7 +234,8 @@ def test_saving_and_reading_keeps_every_bit(head, tmp_path):
         save_model(tmp_path / "model", model, tokenizer())
     read, words = read_model(tmp_path / "model", head=head)
     assert torch.equal(read(ids), model(ids)) and read.config == model.config
-    assert torch.equal(*((m.scores if head == "score" else m.logits)(m(ids)) for m in (read, model)))
+    last = [(m.scores if head == "score" else m.logits)(m(ids)) for m in (read, model)]
+    assert torch.equal(*last)
     assert words.tokens == tokenizer().tokens and [f.name for f in tmp_path.iterdir()] == ["model"]
     assert sorted(f.name for f in (tmp_path / "model").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

@@ -139,7 +139,7 @@ def test_an_episode_does_not_depend_on_its_neighbours(make):
     reference = play(policy, some(), slots=18, **options)
     shuffled = some()
     random.Random(0).shuffle(shuffled)
-    alone = [t for episode in some()[::3] for t in rollout(policy, tokenizer(), [episode], **options)]
+    alone = [t for one in some()[::3] for t in rollout(policy, tokenizer(), [one], **options)]
     by_name = {(t.game, t.episode): t for t in reference}
     assert len(by_name) == len(some())
     for other in (play(policy, some(), slots=1, **options), alone,
