@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 # The type that layers compute in and the cache holds. Weights and losses stay float32.
 AUTOCAST = {"cuda": torch.bfloat16}
-STRETCH = 32  # cache rows that attend together; rows of similar length should be neighbours
+STRETCH = {"cpu": 4, "cuda": 1024}  # cache rows that attend together; padding costs more on a CPU
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         chain's end + depth, seeing the chain and what `seen` says. -> (all new tokens, D)
 
         The matrix products run on the new tokens without padding. Only attention pads, to the
-        longest of STRETCH neighbouring rows.
+        longest of a few neighbouring rows.
         """
         counts = np.array([len(t) for t in tokens])
 
@@ -175,8 +175,9 @@ class Transformer(nn.Module):
         slots = flat([np.arange(n) + s for n, s in zip(counts, starts)])
         cache.reserve(int((starts + counts).max()))
         groups = []
-        for low in range(0, len(counts), STRETCH):
-            high = min(low + STRETCH, len(counts))
+        step = STRETCH[self.device.type]
+        for low in range(0, len(counts), step):
+            high = min(low + step, len(counts))
             if counts[low:high].any():
                 groups.append(_Stretch(self.config, slice(low, high), starts, counts, masks,
                                        self.device))
