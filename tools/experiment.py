@@ -1,0 +1,161 @@
+"""What the tools share: the games and models of a run, flags that are lists, tables, figures."""
+
+import argparse
+import math
+from inspect import cleandoc
+from pathlib import Path
+from types import SimpleNamespace
+
+import train
+from fast_alfworld import games_for, split_dev
+from run import fingerprint
+from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
+                   write_json)
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def list_of(kind):
+    """The type of a flag that is a list, separated by commas; duplicates are dropped."""
+    def values(text):
+        return list(dict.fromkeys(kind(word) for word in text.split(",")))
+
+    values.__name__ = f"list of {kind.__name__}"
+    return values
+
+
+def one_of(*names):
+    """The type of a flag, or of an element of `list_of`, that is one of these texts."""
+    def name(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text}: must be among {', '.join(names)}")
+        return text
+
+    return name
+
+
+def parser_of(part):
+    """The function of a part -> its Parser, add(flag, default, help, …) with the default's type."""
+    parser = Parser(cleandoc(part.__doc__), f"%(prog)s {part.__name__} [flags]")
+    return parser, adder(parser)
+
+
+def adder(parser):
+    def add(flag, default, help, **options):
+        parser.add_argument(flag, default=default, help=help, **{"type": type(default), **options})
+
+    return add
+
+
+def run_flags(add):
+    """The flags that all tools have which work on a run."""
+    add("--run", "runs/default", "a run directory of train.py", metavar="DIR")
+    add("--iteration", 1, "whose Q_i; π_{i−1} is the policy it was trained on", type=at_least_one)
+    common_flags(add)
+
+
+def common_flags(add):
+    add("--data", None, "folder with json_2.1.1 (default: the run's, else $ALFWORLD_DATA)",
+        type=str, metavar="DIR")
+    add("--threads", None, "CPU threads (default: all cores)", type=at_least_one)
+    add("--device", "auto", "auto, cpu or cuda")
+
+
+def parts(doc, commands, argv):
+    """Run commands[part](flags), the part being the first word of the command line."""
+    if len(argv) < 1 or argv[0] not in commands:
+        parser = Parser(doc, "%(prog)s PART [flags]     (PART --help shows the flags)")
+        parser.add_argument("part", choices=commands, help="what to do")
+        parser.parse_args(argv)
+    commands[argv[0]](argv[1:])
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+def read_run(folder, splits=(), device="auto", data=None):
+    """A run directory -> train.Context: flags, named steps, games of train, dev and these splits.
+
+    UserError where there is no run, or where its games are not those it was trained on.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no run of train.py there (config.json is missing)")
+    config = read_json(folder / "config.json")
+    try:
+        args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
+        vars(args).update(config["flags"])
+        known = dict(config["games"])
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{folder}: not a run of this program ({error!r})") from None
+    data = data or args.data
+    everything, _ = games_for(args.games, data, "train", args.n_generated)
+    own, dev = (steps.games(args, some) for some in split_dev(everything))
+    where = args.games if args.games != "auto" else "alfworld" if own[0].path else "generated"
+    test = {s: games_for(where, data, s, max(8, args.n_generated // 20))[0]
+            for s in splits if s != "dev"}
+    for split, games in {"train": own, "dev": dev, **test}.items():
+        if known.get(split, fingerprint(games)) != fingerprint(games):
+            raise UserError(f"{folder}: the run had other games of {split} ({known[split]}; now "
+                            f"{fingerprint(games)}): name their folder by --data")
+    c = train.Context(args, steps, SimpleNamespace(path=folder), pick_device(device), own, dev, test)
+    c.tokenizer = read_model(folder / "iter0/policy")[1]
+    return c
+
+
+def games_of(c, split):
+    return c.dev if split == "dev" else c.test[split]
+
+
+# --- results -------------------------------------------------------------------------------------
+
+def write_table(out, rows, head, cells):
+    """Write OUT/rows.json (without single episodes) and OUT/table.md, and print the table.
+
+    rows: list of dicts; head: column names; cells(row) -> list of texts.
+    """
+    write_json(Path(out, "rows.json"),
+               [{k: v for k, v in row.items() if k != "episodes"} for row in rows])
+    lines = [head, ["---"] * len(head), *map(cells, rows)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    write_file(Path(out, "table.md"), lambda p: p.write_text(text))
+    print(text, end="", flush=True)
+
+
+def percent(x):
+    return f"{100 * x:.1f} %"
+
+
+def span(interval):
+    """(low, high) -> text, in percent"""
+    return f"{100 * interval[0]:.1f} … {100 * interval[1]:.1f}"
+
+
+def points(gain):
+    """(gain, low, high) -> text, in points"""
+    return f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} … {100 * gain[2]:+.1f})"
+
+
+def new_figure(panels, columns=None, title=None):
+    """-> matplotlib figure, list of its axes"""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    columns = columns or panels
+    lines = math.ceil(panels / columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.8 * lines),
+                                   squeeze=False, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return figure, list(axes.flat)
+
+
+def save_figure(figure, path):
+    from matplotlib import pyplot
+    write_file(path, lambda p: figure.savefig(p, format=Path(path).suffix[1:], dpi=150))
+    pyplot.close(figure)
+
