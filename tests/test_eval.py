@@ -1,310 +1,317 @@
-"""Evaluation: its sums by hand, its JSON contract, and the real command line with every agent."""
+"""Evaluation: sums by hand, intervals that cover, and the real command line with every agent."""
 
 import json
-import shutil
-from argparse import ArgumentTypeError
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common import save_model, write_json
-from env import AlfworldEnv
-from eval import main as eval_main
-from eval import evaluate_beams, evaluate_best_episodes, evaluate_policy, evaluate_scripted
-from eval import judge_best_episodes, keep_by_expand, paired_bootstrap, summarise, table
-from games import generated_split, split_dev
-from search import best_episodes, best_of_n, last_scores, prediction_accuracy
-from tiny import assert_refused, command, games, in_process, play, played, prior, random_model, taught, tokenizer
-from tokenizer import Tokenizer
+import eval as evaluation
+from eval import (Human, evaluate_beams, evaluate_best_episodes, evaluate_policy,
+                  evaluate_scripted)
+from fast_alfworld import Expert, fit_prior, generate, generated_split, write_games
+from results import bootstrap, explain, narrate, paired_bootstrap, summarise, table
+from rollout import Episode
+from search import best_of_n
+from tiny import (assert_refused, by_id, command, games, in_process, play, random_model,
+                  read, taught, tokenizer)
+from utils import save_model
 
-CONTRACT = {"agent": str, "split": str, "games": int, "success": float, "mean_actions": float, "by_task": dict, "max_steps": int, "temperature": (float, type(None)),
-            "engine": str, "alfworld": str, "data": str, "seed": int, "episodes": list}
+FLAGS = ["--games", "tiny", "--n-generated", "8", "--max-steps", "6", "--temperature", "1"]
+SPLIT = generated_split("valid_seen", 8, tiny=True)
 
 
-def episode(game, won, actions):
+def episode(game, won, actions=1):
     return {"game": game, "won": won, "actions": actions}
 
 
-# --- sums ------------------------------------------------------------------------------------------------------------------------
-
-def test_summarise():
-    some = [SimpleNamespace(id="a", task_type="pick_and_place_simple"), SimpleNamespace(id="b", task_type="look_at_obj_in_light"),
-            SimpleNamespace(id="c", task_type="look_at_obj_in_light")]
-    played = [episode("a", True, 5), episode("a", False, 30), episode("b", True, 10), episode("c", True, 15), episode("c", True, 20)]
-    told = summarise(played, some)
-    assert (told["games"], told["success"], told["mean_actions"]) == (3, 0.8, 16.0)
-    assert told["by_task"] == {"pick_and_place_simple": {"games": 1, "success": 0.5, "mean_actions": 17.5},
-                               "look_at_obj_in_light": {"games": 2, "success": 1.0, "mean_actions": 15.0}}
-    lines = table(told)
-    assert lines[-1].split() == ["all", "3", "80.0%", "16.00"] and len(lines) == 4 and len({len(line) for line in lines}) == 1
-
-
-def test_paired_bootstrap_on_known_cases():
-    lost, won = ([episode(f"{i}", w, 1) for i in range(50)] for w in (False, True))
-    assert paired_bootstrap(lost, lost) == (0, 0, 0) and paired_bootstrap(lost, won) == (1, 1, 1) and paired_bootstrap(won, lost) == (-1, -1, -1)
-    # games are resampled, not episodes: four episodes of each game say no more than one
-    before = [episode(f"{i}", False, 1) for i in range(100)]
-    after = [episode(f"{i}", i < 30, 1) for i in range(100)]
-    mean, low, high = paired_bootstrap(before, after)
-    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
-    assert mean == pytest.approx(0.3) and low == pytest.approx(0.3 - error, abs=0.015) and high == pytest.approx(0.3 + error, abs=0.015)
-    assert paired_bootstrap(4 * before, 4 * after) == (pytest.approx(mean), pytest.approx(low), pytest.approx(high))
-    assert paired_bootstrap(before, after[::-1]) == (mean, low, high)  # the order of episodes says nothing
-    # paired: what both win and both lose does not widen the interval
-    both = [episode(f"{i}", i % 2 == 0, 1) for i in range(100)]
-    better = [episode(f"{i}", i % 2 == 0 or i == 1, 1) for i in range(100)]
-    assert paired_bootstrap(both, better)[2] < 0.05
-    with pytest.raises(ValueError, match="same games"):
-        paired_bootstrap(lost, won[1:])
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(200):
-        before, after = ([episode(f"{i}", bool(w), 1) for i, w in enumerate(rng.random(60) < p)] for p in (0.4, 0.6))
-        _, low, high = paired_bootstrap(before, after, n=500)
-        covered += low <= 0.2 <= high
-    assert 0.88 < covered / 200 < 0.99
-
-
-def test_best_episodes_are_judged_beside_all_and_beside_the_oracle():
-    """Four episodes of each of two games, in pairs: chosen by q, not by what was won."""
-    won = ((False, True, False, False), (True, True, False, True))
-    some = [replace(t, game=game.id, won=w, episode=k) for game, mine in zip(games(), won) for k, (t, w) in enumerate(zip(played(), mine))]
-    q = np.array([0, 1, 2, 3, 3, 1, 1, 2])
-    told = judge_best_episodes(some, q, 2, games())
-    lengths = [len(t) for t in played()[:4]]
-    assert [e["won"] for e in sorted(told["episodes"], key=lambda e: e["game"] != games()[0].id)] == [True, False, True, True]
-    assert (told["success"], told["oracle"], told["plain"]) == (0.75, 0.75, {"success": 0.5, "mean_actions": np.mean(lengths)})
-    assert told["mean_actions"] == np.mean([lengths[k] for k in (1, 3, 0, 3)])
-    assert judge_best_episodes(some, q, 4, games())["oracle"] == 1 and judge_best_episodes(some, -q, 2, games())["success"] == 0.25
-
-
-def test_keep_by_expand():
-    assert keep_by_expand("4x8") == keep_by_expand("4X8") == (4, 8)
-    for text in ("4", "4x", "x4", "4x0", "-1x4", "4x4x4", "axb", "1.5x2", ""):
-        with pytest.raises(ArgumentTypeError, match="KxM"):
-            keep_by_expand(text)
-
-
-# --- agents ----------------------------------------------------------------------------------------------------------------------
-
-def test_a_policy_is_evaluated_episode_by_episode():
-    options = dict(temperature=0.7, max_steps=6, episodes_per_game=2, seed=4)
-    told = evaluate_policy(taught(), tokenizer(), games()[:6], slots=12, **options)
-    assert [(e["game"], e["actions"]) for e in told["episodes"]] == sorted((e["game"], e["actions"]) for e in told["episodes"])
-    assert len(told["episodes"]) == 12 and told["games"] == 6 and 0 <= told["inadmissible"] <= 1
-    other_slots = evaluate_policy(taught(), tokenizer(), games()[:6][::-1], slots=5, **options)
-    assert other_slots["episodes"] == told["episodes"] and other_slots["inadmissible"] == told["inadmissible"]
-    assert evaluate_policy(taught(), tokenizer(), games()[:6], admissible=True, **options)["inadmissible"] == 0
-
-
-def test_the_expert_wins_and_chance_does_not():
-    expert = evaluate_scripted("expert", games(), prior=prior(), max_steps=40)
-    chance = evaluate_scripted("random", games()[:10], max_steps=20, episodes_per_game=2)
-    assert expert["success"] >= 0.95 and expert["mean_actions"] < 20
-    assert chance["success"] <= 0.2 and chance["mean_actions"] > 15 and len(chance["episodes"]) == 20
-    assert chance == evaluate_scripted("random", games()[:10], max_steps=20, episodes_per_game=2)
-    assert chance["episodes"] != evaluate_scripted("random", games()[:10], max_steps=30, episodes_per_game=2, seed=1)["episodes"]
-
-
-# --- the command line --------------------------------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A policy and a PRM on disk."""
+def models(tmp_path_factory):
+    """A run directory with a policy and PRMs that fit it, one of them trained by BT."""
     folder = tmp_path_factory.mktemp("models")
     save_model(folder / "policy", taught(), tokenizer())
-    prm = taught().with_score_head()
-    torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
-    save_model(folder / "prm", prm, tokenizer())
-    words = Tokenizer.train(["some words", "of its own"], {"desk": 2}, min_count=1)
-    save_model(folder / "other", random_model(head="score", vocab=len(words)), words)
+    for prm in (folder / "prm", folder / "bt" / "iter1" / "prm"):
+        save_model(prm, random_model(3, "score"), tokenizer())
+    (folder / "bt" / "config.json").write_text(json.dumps({"flags": {"prm_loss": "bt"}}))
     return folder
 
 
-def evaluated(tmp_path, *flags, n=8):
-    """eval.py on n generated games -> (the JSON, the printed lines), the contract checked."""
-    file = tmp_path / "result.json"
-    run = command("eval.py", "--games", "generated", "--n-generated", n, "--json", file, *flags)
-    assert run.returncode == 0, run.stderr
-    told = json.loads(file.read_text())
-    for name, kind in CONTRACT.items():
-        assert isinstance(told[name], kind), name
-    episodes = told["episodes"]
-    assert all(e.keys() == {"game", "won", "actions"} and type(e["won"]) is bool and 1 <= e["actions"] <= told["max_steps"] for e in episodes)
-    assert told["success"] == pytest.approx(np.mean([e["won"] for e in episodes])) and 0 <= told["success"] <= 1
-    assert told["mean_actions"] == pytest.approx(np.mean([e["actions"] for e in episodes]))
-    assert told["games"] == len({e["game"] for e in episodes}) == sum(part["games"] for part in told["by_task"].values()) == n
-    assert f"{told['success']:.1%}" in run.stdout and f"cap {told['max_steps']}" in run.stdout and told["alfworld"] in run.stdout
-    return told, run.stdout.splitlines()
+@pytest.fixture
+def run(models, monkeypatch, capsys):
+    """run(words): eval.py in this process, {p} being the models' folder."""
+    def run_(*words):
+        words = [str(word).format(p=models) for word in words]
+        return in_process(evaluation.main, words, monkeypatch, capsys)
+    return run_
 
 
-def test_random_and_expert_by_command(tmp_path):
-    chance, _ = evaluated(tmp_path, "--agent", "random", "--split", "valid_seen", "--max-steps", 10)
-    assert (chance["agent"], chance["split"], chance["max_steps"], chance["temperature"]) == ("random", "valid_seen", 10, None)
-    expert, lines = evaluated(tmp_path, "--agent", "expert", "--split", "valid_unseen", "--max-steps", 50)
-    assert expert["success"] == 1 and chance["success"] < 1 and expert["engine"] == "fast" and "generated" in expert["data"]
-    assert lines[-1].split()[:3] == ["all", "8", "100.0%"]
+PLAY = ("--policy", "{p}/policy", *FLAGS)
 
 
-def test_a_policy_by_command_equals_the_same_in_python(folder, tmp_path):
-    from games import generated_split
-    told, lines = evaluated(tmp_path, "--policy", folder / "policy", "--max-steps", 5, "--episodes-per-game", 2, "--seed", 3, "--temperature", 0.5)
-    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), max_steps=5, episodes_per_game=2, seed=3, temperature=0.5)
-    assert told["episodes"] == again["episodes"] and told["inadmissible"] == again["inadmissible"]
-    assert lines[-1] == f"inadmissible actions: {told['inadmissible']:.1%}"
+# --- sums ----------------------------------------------------------------------------------------
+
+def test_summarise_and_table():
+    types = {"a": "pick_and_place_simple", "b": "look_at_obj_in_light", "c": "look_at_obj_in_light"}
+    some = [SimpleNamespace(id=game, task_type=t) for game, t in types.items()]
+    episodes = [episode("a", True, 5), episode("a", False, 30), episode("b", True, 10),
+                episode("b", True, 10), episode("c", True, 15), episode("c", True, 20)]
+    result = summarise(episodes, some)
+    assert (result["games"], result["success"], result["mean_actions"]) == (3, 5 / 6, 15.0)
+    look = result["by_task"]["look_at_obj_in_light"]
+    assert (look["games"], look["success"], look["interval"]) == (2, 1.0, [1.0, 1.0])
+    assert list(result["by_task"]) == ["pick_and_place_simple", "look_at_obj_in_light"]
+    lines = table(result)
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert lines[-1].split() == ["all", "3", "83.3%", "50.0%", "…", "100.0%", "15.00"]
 
 
-def test_best_of_n_by_command(folder, tmp_path):
-    from games import generated_split
-    from common import read_model
-    flags = ("--policy", folder / "policy", "--max-steps", 20, "--episodes-per-game", 2, "--temperature", 1)
-    told, _ = evaluated(tmp_path, *flags, "--prm", folder / "prm", "--best-of", 3)
-    options = dict(max_steps=20, episodes_per_game=2, temperature=1.0)
-    again = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), choose=best_of_n(read_model(folder / "prm", head="score")[0], 3), **options)
-    plain = evaluate_policy(taught(), tokenizer(), generated_split("valid_seen", 8), **options)
-    same = lambda a, b: all(a[key] == b[key] for key in ("episodes", "inadmissible"))
-    assert told["best_of"] == 3 and same(told, again) and not same(told, plain)
+def test_intervals_resample_games():
+    low, high = bootstrap([1.0] * 30 + [0.0] * 70)
+    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert abs(low - 0.3 + error) < 0.015 and abs(high - 0.3 - error) < 0.015
+    before = [episode(f"{i}", False) for i in range(100)]
+    after = [episode(f"{i}", i < 30) for i in range(100)]
+    gain = paired_bootstrap(before, after)
+    assert gain == pytest.approx((0.3, low, high))
+    assert paired_bootstrap(4 * before, 4 * after) == gain  # more episodes of a game, no more games
+    assert paired_bootstrap(before, after[::-1]) == gain
+    assert paired_bootstrap(after, after) == (0, 0, 0)
+    # Paired: games that both win or both lose do not widen the interval.
+    both = [episode(f"{i}", i % 2 == 0) for i in range(100)]
+    better = [episode(f"{i}", i % 2 == 0 or i == 1) for i in range(100)]
+    assert paired_bootstrap(both, better)[2] < 0.05
+    with pytest.raises(ValueError, match="same games"):
+        paired_bootstrap(before, after[1:])
 
 
-def test_searches_by_command_equal_the_same_in_python(folder, tmp_path):
-    from games import generated_split
-    from common import read_model
-    prm, some = read_model(folder / "prm", head="score")[0], generated_split("valid_seen", 4)
-    flags = ("--policy", folder / "policy", "--prm", folder / "prm", "--max-steps", 4, "--temperature", 1)
-    options = dict(max_steps=4, temperature=1.0)
-
-    told, lines = evaluated(tmp_path, *flags, "--beam", "2x3", "--episodes-per-game", 2, n=4)
-    again = evaluate_beams(taught(), prm, tokenizer(), some, 2, 3, episodes_per_game=2, **options)
-    assert told.items() >= again.items() and told["beam"] == "2x3" and 4 < told["world_actions"] <= 8
-    assert lines[-2] == f"actions tried in the world an episode: {told['world_actions']:.1f}"
-
-    told, lines = evaluated(tmp_path, *flags, "--best-of-episodes", 3, n=4)
-    again = evaluate_best_episodes(taught(), prm, tokenizer(), some, 3, **options)
-    rollouts = play(taught(), [(game, k) for game in some for k in range(3)], **options)
-    chosen = best_episodes(rollouts, last_scores(prm, rollouts), 3)
-    assert told.items() >= again.items() and told["best_of_episodes"] == 3 and told["inadmissible"] == np.mean(np.concatenate([t.inadmissible for t in chosen]))
-    assert f"{told['plain']['success']:.1%}" in lines[-2] and f"{told['oracle']:.1%}" in lines[-2]
-
-    told, lines = evaluated(tmp_path, *flags, "--best-of", 2, "--lookahead", 1, n=4)
-    choose = best_of_n(prm, 2, 1)
-    again = evaluate_policy(taught(), tokenizer(), some, choose=choose, predictions=True, **options)
-    assert told.items() >= again.items() and (told["best_of"], told["lookahead"]) == (2, 1)
-    rollouts = play(taught(), [(game, 0) for game in some], choose=choose, **options)
-    assert told["predictions"] == prediction_accuracy(taught(), rollouts) and f"{told['predictions']['tokens']:.1%}" in lines[-2]
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        low, high = bootstrap((rng.random(60) < 0.4).astype(float), n=500)
+        covered += low <= 0.4 <= high
+    assert 0.88 < covered / 200 < 0.99
 
 
-def test_a_prm_that_compares_actions_of_one_state_is_for_those_alone(folder, tmp_path, monkeypatch, capsys):
-    save_model(tmp_path / "bt", taught().with_score_head("relative"), tokenizer())
-    flags = ("--games", "generated", "--n-generated", "2", "--max-steps", "2", "--policy", folder / "policy", "--prm", tmp_path / "bt")
-    assert in_process(eval_main, (*flags, "--best-of", "2"), monkeypatch, capsys).returncode == 0
-    for search in (("--beam", "2x2"), ("--best-of-episodes", "2"), ("--best-of", "2", "--lookahead", "1")):
-        assert_refused(in_process(eval_main, (*flags, *search), monkeypatch, capsys), "bt", "one state")
+# --- evaluating ----------------------------------------------------------------------------------
+
+def test_evaluate_policy_plays_rollouts():
+    result = evaluate_policy(taught(), tokenizer(), games()[-6:], episodes_per_game=2,
+                             temperature=1.0, max_steps=9, seed=3)
+    some = play(taught(), [Episode(g, k) for g in games()[-6:] for k in range(2)],
+                temperature=1.0, max_steps=9, seed=3)
+    assert result["episodes"] == [episode(t.game, t.won, len(t)) for t in some]
+    assert {"games", "success", "interval", "mean_actions", "inadmissible", "by_task",
+            "episodes"} == set(result)
+    assert result["games"] == 6 and result["inadmissible"] == 0.0
+    free = evaluate_policy(taught(), tokenizer(), games()[-6:], temperature=1.0, max_steps=9,
+                           free=True, name="free")
+    assert 0 < free["inadmissible"] < 1
 
 
-def test_alfworlds_own_engine_judges_alike(folder, tmp_path):
-    flags = ("--policy", folder / "policy", "--max-steps", 3, "--temperature", 1)
-    fast, stock, both = (evaluated(tmp_path, *flags, "--engine", engine, n=2)[0] for engine in ("fast", "alfworld", "both"))
-    assert stock["engine"] == "alfworld" and [fast[k] for k in ("episodes", "success", "inadmissible")] == [stock[k] for k in ("episodes", "success", "inadmissible")]
-    assert both["episodes"] == stock["episodes"] and both["equal_episodes"] == len(stock["episodes"])
+def test_best_episodes_beside_all_and_the_oracle():
+    prm, options = random_model(3, "score"), dict(temperature=1.0, max_steps=15, seed=1)
+    chosen = sorted(games()[-12:], key=lambda game: game.id)
+    result = evaluate_best_episodes(taught(), prm, tokenizer(), chosen, 4, **options)
+    some = play(taught(), [Episode(game, k) for game in chosen for k in range(4)], **options)
+    won = np.array([t.won for t in some]).reshape(-1, 4)
+    assert 0 < won.mean() < 1
+    assert result["plain"] == won.mean() and result["oracle"] == won.any(1).mean()
+    assert result["success"] <= result["oracle"] and len(result["episodes"]) == len(chosen)
 
 
-def test_a_result_against_an_earlier_one(folder, tmp_path, monkeypatch, capsys):
-    flags = ("--policy", folder / "policy", "--games", "generated", "--n-generated", 8, "--max-steps", 12, "--episodes-per-game", 2)
-    results = []
-    for temperature, more in ((0.3, ()), (1.0, ("--against", tmp_path / "0.3.json"))):
-        done = in_process(eval_main, (*flags, "--temperature", temperature, "--json", tmp_path / f"{temperature}.json", *more), monkeypatch, capsys)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads((tmp_path / f"{temperature}.json").read_text())["episodes"])
-    gap, low, high = (100 * x for x in paired_bootstrap(*results))
-    assert f"{gap:+.1f} points ({low:+.1f} … {high:+.1f})" in done.stdout
+def test_evaluate_beams_counts_what_was_tried():
+    options = dict(temperature=1.0, max_steps=6)
+    result = evaluate_beams(taught(), random_model(3, "score"), tokenizer(), games()[-4:], (3, 2),
+                            episodes_per_game=2, **options)
+    assert len(result["episodes"]) == 8 and result["world_actions"] > result["mean_actions"]
 
 
-@pytest.mark.parametrize("where", ("iter0/policy", "best/policy"))
-def test_dev_is_what_the_policys_run_held_out_wherever_it_is_kept(folder, where, tmp_path, monkeypatch, capsys):
-    """By the run's config.json, or by what was kept beside the policy, whose folder may be elsewhere now."""
-    flags, data = {"n_generated": 40, "dev_games": 6, "data": None}, {"train": "40 generated games of train, seed 0, alfworld 0.4.2"}
-    shutil.copytree(folder / "policy", tmp_path / where)
-    if where.startswith("iter"):
-        write_json(tmp_path / "config.json", {"flags": flags})
-        write_json(tmp_path / "data.json", data)
-    else:
-        write_json(tmp_path / "best/run.json", {"flags": flags, "data": data})
-    words = ("--policy", tmp_path / where, "--split", "dev", "--max-steps", 1)
-    done = in_process(eval_main, (*words, "--json", tmp_path / "out.json"), monkeypatch, capsys)
+def test_the_expert_wins_and_random_play_does_not():
+    published_like = generated_split("valid_seen", 30)
+    expert = Expert(fit_prior(games()))
+    result = evaluate_scripted("expert", published_like, expert)
+    assert result["success"] > 0.8 and result["mean_actions"] < 20
+    assert result == evaluate_scripted("expert", published_like, expert, seed=1)
+    weak = evaluate_scripted("random", published_like, Expert({}), episodes_per_game=2)
+    assert weak["success"] < 0.1 and len(weak["episodes"]) == 60
+    assert weak == evaluate_scripted("random", published_like, Expert({}), episodes_per_game=2)
+    easy = evaluate_scripted("random", games()[-12:], Expert({}), episodes_per_game=8)
+    assert 0 < easy["success"] < 1
+
+
+def test_explained_episodes_show_exact_values():
+    prm = random_model(3, "score")
+    [t] = play(taught(), [Episode(games()[0], 0)], temperature=1.0, max_steps=9)
+    shown = explain(by_id()[t.game], t, taught(), tokenizer(), 1.0, prm)
+    assert len(shown["steps"]) == len(t) and shown["won"] == t.won
+    with torch.no_grad():
+        q = prm.scores(prm(torch.tensor(t.ids[None]).long()))[0, t.spans[:, 1] - 1].sigmoid()
+    for k, step in enumerate(shown["steps"]):
+        assert sum(o["pi"] for o in step["candidates"]) == pytest.approx(1, abs=1e-4)
+        taken, = (o for o in step["candidates"] if o["action"] == step["action"])
+        assert np.log(taken["pi"]) == pytest.approx(t.logp[k], abs=1e-3)
+        assert taken["q"] == pytest.approx(float(q[k]), abs=1e-4)
+        assert len(step["candidates"]) == t.n_candidates[k]
+    lines = list(narrate(shown))
+    assert f"{len(t)} actions" in lines[-1] and sum(" Q 0." in line for line in lines) >= len(t)
+    without = explain(by_id()[t.game], t, taught(), tokenizer(), 1.0)
+    assert not any(" Q " in line for line in narrate(without))
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+def test_json_and_table(run, tmp_path):
+    file = tmp_path / "new" / "result.json"
+    done = run(*PLAY, "--episodes-per-game", 2, "--json", file)
     assert done.returncode == 0, done.stderr
-    held_out = split_dev(generated_split("train", 40), 6)[1]
-    assert {e["game"] for e in json.loads((tmp_path / "out.json").read_text())["episodes"]} == {game.id for game in held_out}
-    assert_refused(in_process(eval_main, (*words, "--n-generated", 900), monkeypatch, capsys), "--n-generated", "held out")
+    result = read(file)
+    expected = evaluate_policy(taught(), tokenizer(), SPLIT, temperature=1.0, max_steps=6,
+                               episodes_per_game=2)
+    assert {k: result[k] for k in expected} == expected
+    assert {"agent": "policy", "split": "valid_seen", "temperature": 1.0, "max_steps": 6,
+            "best_of": 1, "act_beta": None, "lookahead": 0, "beam": None, "best_of_episodes": 1,
+            "actions": "candidates", "engine": "fast", "episodes_per_game": 2, "seed": 0,
+            "prm": None}.items() <= result.items()
+    assert {"policy", "data", "seconds", "commit", "machine", "versions"} <= set(result)
+    assert done.stdout.splitlines()[1:1 + len(table(result))] == table(result)
 
 
-def test_a_prm_of_shaped_labels_is_for_actions_of_one_state(folder, tmp_path, monkeypatch, capsys):
-    shutil.copytree(folder / "prm", tmp_path / "iter1/prm")
-    write_json(tmp_path / "config.json", {"flags": {"shape_with": "somewhere"}})
-    flags = ("--policy", folder / "policy", "--prm", tmp_path / "iter1/prm", "--games", "generated", "--n-generated", 2, "--max-steps", 1)
-    assert_refused(in_process(eval_main, (*flags, "--best-of-episodes", 2), monkeypatch, capsys), "shaped", "--best-of alone")
-    assert in_process(eval_main, (*flags, "--best-of", 2), monkeypatch, capsys).returncode == 0
+@pytest.mark.parametrize("words, shown", [
+    (("--best-of", "4"), ""), (("--act-beta", "0.1"), ""), (("--beam", "2x3"), "in the world"),
+    (("--best-of-episodes", "3"), "one of N"), (("--best-of", "3", "--lookahead", "1"), "")])
+def test_acting_with_a_prm(run, tmp_path, words, shown):
+    done = run(*PLAY, "--prm", "{p}/prm", *words, "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert words[0] in done.stdout and shown in done.stdout and "NaN" not in done.stdout
+    result = read(tmp_path / "r.json")
+    assert str(result[words[0].strip("-").replace("-", "_")]) == words[1]
+    if words == ("--best-of", "4"):
+        expected = evaluate_policy(taught(), tokenizer(), SPLIT, temperature=1.0, max_steps=6,
+                                   act=best_of_n(4), prm=random_model(3, "score"))
+        assert result["episodes"] == expected["episodes"]
 
 
-def test_where_the_engines_differ_it_says_so(folder, tmp_path, monkeypatch, capsys):
-    class Stricter(AlfworldEnv):
-        def __init__(self, max_steps):
-            super().__init__(1)
-
-    monkeypatch.setattr("eval.StockAlfworldEnv", Stricter)
-    flags = ("--policy", folder / "policy", "--max-steps", 3, "--games", "generated", "--n-generated", 3, "--engine", "both", "--json", tmp_path / "out.json")
-    done = in_process(eval_main, flags, monkeypatch, capsys)
-    assert done.returncode == 0 and "0 of 3 episodes" in done.stdout and json.loads((tmp_path / "out.json").read_text())["equal_episodes"] == 0
-
-
-@pytest.mark.parametrize("flags, parts", (
-    ((), ("--policy",)),
-    (("--policy", "nowhere"), ("nowhere", "no model there")),
-    (("--policy", "{policy}", "--prm", "nowhere", "--best-of", 2), ("nowhere", "no model there")),
-    (("--policy", "{policy}", "--best-of", 2), ("--prm",)),
-    (("--policy", "{prm}"), ("prm", "not a policy")),
-    (("--policy", "{policy}", "--prm", "{policy}", "--best-of", 2), ("policy", "not a PRM")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--admissible"), ("--admissible", "--best-of")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--admissible"), ("--admissible", "--beam")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--engine", "alfworld"), ("--beam", "--engine fast")),
-    (("--policy", "{policy}", "--watch", "--engine", "both"), ("--engine both", "--watch")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "8"), ("--beam", "KxM")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--beam", "2x2", "--best-of", 2), ("--best-of", "--beam")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--best-of-episodes", 2), ("--best-of", "--best-of-episodes")),
-    (("--policy", "{policy}", "--beam", "2x2"), ("--beam", "--prm")),
-    (("--policy", "{policy}", "--best-of-episodes", 2), ("--best-of-episodes", "--prm")),
-    (("--policy", "{policy}", "--best-of-episodes", 0), ("--best-of-episodes",)),
-    (("--policy", "{policy}", "--prm", "{prm}", "--lookahead", 1), ("--lookahead", "--best-of")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--lookahead", -1), ("--lookahead",)),
-    (("--agent", "expert", "--best-of", 2), ("--best-of", "--agent policy")),
-    (("--policy", "{policy}", "--prm", "{other}", "--best-of", 2), ("other", "vocabulary")),
-    (("--agent", "wizard"), ("wizard",)),
-    (("--agent", "random", "--split", "nosuchsplit"), ("nosuchsplit",)),
-    (("--agent", "random", "--games", "alfworld", "--data", "/nowhere"), ("/nowhere",)),
-    (("--agent", "random", "--max-steps", 0), ("--max-steps",)),
-    (("--agent", "random", "--max-steps", "ten"), ("--max-steps", "ten")),
-    (("--agent", "random", "--temperature", -1), ("--temperature",)),
-    (("--agent", "random", "--temperature", "nan"), ("--temperature", "greedy")),
-    (("--agent", "random", "--temperature", "1e-300"), ("--temperature", "greedy")),
-    (("--agent", "random", "--json", "{policy}"), ("--json", "folder")),
-    (("--agent", "random", "--seed", -1), ("--seed",)),
-    (("--agent", "random", "--seed", 10 ** 20), ("--seed",)),
-    (("--agent", "random", "--admissible"), ("--admissible", "--agent policy")),
-    (("--policy", "{policy}", "--prm", "{prm}", "--best-of", 2, "--temperature", 0), ("--temperature 0", "--best-of")),
-    (("--agent", "random", "--max-steps", 1, "--against", "{policy}/config.json"), ("--against", "no result")),
-    (("--policy", "{policy}", "--device", "tpu9"), ("tpu9",)),
-    (("--agent", "random", "--no-such-flag"), ("--no-such-flag",)),
-    (("--agent", "random", "--max-steps", 1, "--json", "{policy}/config.json/out.json"), ("config.json",)),
-))
-def test_mistakes_are_told_in_one_line(folder, flags, parts, monkeypatch, capsys):
-    flags = [str(flag).format(policy=folder / "policy", prm=folder / "prm", other=folder / "other") for flag in flags]
-    games = () if "--games" in flags else ("--games", "generated", "--n-generated", 8)
-    assert_refused(in_process(eval_main, (*games, *flags), monkeypatch, capsys), *parts)
+def test_the_gain_over_an_earlier_result(run, tmp_path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    assert run(*PLAY, "--json", first).returncode == 0
+    done = run("--agent", "expert", *FLAGS[:4], "--against", first, "--json", second)
+    assert done.returncode == 0 and f"gain over {first}: +" in done.stdout
+    assert read(second)["temperature"] is None
+    assert read(second)["gain"] == list(paired_bootstrap(read(first)["episodes"],
+                                                         read(second)["episodes"]))
 
 
-def test_a_mistake_ends_the_process_with_code_2():
-    assert_refused(command("eval.py", "--policy", "nowhere", "--games", "generated", "--n-generated", 8), "no model there")
+def test_the_result_is_written_before_anything_is_printed(run, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("the screen is gone")
+
+    monkeypatch.setattr(evaluation, "report", fail)
+    done = run(*PLAY, "--json", tmp_path / "r.json")
+    assert done.returncode == 2 and done.stderr.endswith("error: the screen is gone\n")
+    assert len(read(tmp_path / "r.json")["episodes"]) == 8
+
+
+def test_watching(run):
+    done = run(*PLAY, "--prm", "{p}/prm", "--watch")
+    assert done.returncode == 0, done.stderr
+    assert "Your task is to:" in done.stdout and " 1 > " in done.stdout
+    assert "π 0." in done.stdout and "Q 0." in done.stdout
+    assert run(*PLAY, "--prm", "{p}/prm", "--watch").stdout == done.stdout
+    assert run(*PLAY, "--prm", "{p}/prm", "--watch", "--seed", 1).stdout != done.stdout
+    for words in (("--prm", "{p}/bt/iter1/prm", "--best-of", 3), ("--actions", "free")):
+        assert run(*PLAY, "--watch", *words).returncode == 0
+
+
+def test_a_person_plays(run, monkeypatch):
+    typed = iter(["?", "dance", *["look"] * 5, "inventory", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    done = run("--agent", "human", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert "\nlook\n" in done.stdout and "Nothing happens." in done.stdout
+    assert "You are not carrying anything." in done.stdout  # in the second game
+    assert done.stdout.splitlines()[-1].split()[:3] == ["all", "1", "0.0%"]
+    monkeypatch.setattr("builtins.input", lambda prompt: "quit")
+    assert_refused(run("--agent", "human", *FLAGS), "no game")
+
+
+def test_a_person_can_win():
+    game = games()[-1]
+    typed = iter(game.walkthrough)
+    human = Human()
+    human.act = lambda admissible: next(typed)
+    result = evaluate_scripted("human", [game], human)
+    assert result["episodes"] == [episode(game.id, True, len(game.walkthrough))]
+
+
+def test_help_explains_every_flag(run):
+    text = run("--help").stdout
+    for part in ("--act-beta X", "KxM", "(default: 0.3)", "(default: valid_seen)", "runs/default",
+                 "(default: 30)", "(default: all cores)", "200 train games", "(default: off)"):
+        assert part in " ".join(text.split()), part
+
+
+@pytest.mark.parametrize("words, parts", [
+    ((), ("--policy DIR",)),
+    (("--policy", "{p}/nothing", *FLAGS), ("no model there",)),
+    (("--policy", "{p}/prm", *FLAGS), ("not a policy",)),
+    ((*PLAY, "--prm", "{p}/policy", "--best-of", 2), ("not a PRM",)),
+    ((*PLAY, "--best-of", 2), ("--best-of needs --prm",)),
+    ((*PLAY, "--act-beta", 1), ("--act-beta needs --prm",)),
+    ((*PLAY, "--prm", "{p}/prm"), ("--prm needs",)),
+    ((*PLAY, "--prm", "{p}/prm", "--best-of", 2, "--beam", "2x2"), ("--best-of and --beam",)),
+    ((*PLAY, "--prm", "{p}/prm", "--act-beta", 1, "--lookahead", 1), ("--lookahead needs",)),
+    ((*PLAY, "--prm", "{p}/prm", "--act-beta", 0), ("--act-beta", "0.0001")),
+    ((*PLAY, "--prm", "{p}/prm", "--beam", "3"), ("--beam", "KxM")),
+    ((*PLAY, "--prm", "{p}/prm", "--beam", "3000x3000"), ("--beam", "1024")),
+    ((*PLAY, "--prm", "{p}/prm", "--best-of", "9" * 20), ("--best-of", "1024")),
+    ((*PLAY, "--prm", "{p}/prm", "--best-of", 2, "--temperature", 0), ("--temperature",)),
+    ((*PLAY, "--prm", "{p}/prm", "--best-of", 2, "--actions", "free"), ("--actions free",)),
+    ((*PLAY, "--prm", "{p}/prm", "--beam", "2x2", "--engine", "alfworld"), ("--engine fast",)),
+    ((*PLAY, "--prm", "{p}/prm", "--beam", "2x2", "--watch"), ("--beam",)),
+    ((*PLAY, "--watch", "--json", "x.json"), ("--json",)),
+    ((*PLAY, "--prm", "{p}/bt/iter1/prm", "--beam", "2x2"), ("one state only",)),
+    ((*PLAY, "--prm", "{p}/bt/iter1/prm", "--best-of-episodes", 2), ("one state only",)),
+    ((*PLAY, "--prm", "{p}/bt/iter1/prm", "--best-of", 2, "--lookahead", 1), ("one state only",)),
+    ((*PLAY, "--engine", "alfworld"), ("file",)),
+    ((*PLAY, "--json", "{p}"), ("not a file",)),
+    ((*PLAY, "--json", "/dev/null"), ("not a file",)),
+    ((*PLAY, "--json", "{p}/policy/config.json/x.json"), ("config.json",)),
+    ((*PLAY, "--against", "{p}/missing.json"), ("missing.json",)),
+    ((*PLAY, "--device", "meta"), ("--device meta",)),
+    ((*PLAY, "--split", "nowhere"), ("nowhere",)),
+    ((*PLAY, "--max-steps", 0), ("--max-steps",)),
+    (("--agent", "expert", "--prm", "{p}/prm", *FLAGS), ("--agent policy",)),
+    (("--agent", "robot"), ("--agent",))])
+def test_refusals_are_one_line(run, words, parts):
+    assert_refused(run(*words), *parts)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "5", "null", "{}", '{"episodes": 3}', '{"episodes": [3]}', '{"episodes": []}',
+    '{"episodes": [{"game": "other", "won": true}]}', '{"episodes": [{"game": [], "won": 1}]}',
+    '{"episodes": [{"game": "x"}]}', '{"episodes": [{"game": "x", "won": "yes"}]}', "[" * 10 ** 5])
+def test_against_what_is_no_result(run, tmp_path, text):
+    (tmp_path / "before.json").write_text(text)
+    done = run(*PLAY, "--against", tmp_path / "before.json", "--json", tmp_path / "r.json")
+    assert_refused(done, "before.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_as_a_program(models, tmp_path):
+    """In a process of its own: exit codes, and dev, the same 200 games for every policy."""
+    done = command("eval.py", "--agent", "random", "--split", "dev", "--games", "tiny",
+                   "--n-generated", 40, "--json", tmp_path / "dev.json")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "dev.json")["games"] == 8
+    assert_refused(command("eval.py", "--best-of", "-1"), "--best-of")
+
+
+def test_both_engines_give_equal_episodes(models, tmp_path, run):
+    pytest.importorskip("alfworld")
+    assert write_games(generate("valid_seen", 2), str(tmp_path), "valid_seen") == 2
+    done = run("--policy", "{p}/policy", "--data", tmp_path, "--engine", "both", "--max-steps", 6,
+               "--temperature", 1, "--prm", "{p}/prm", "--best-of", 2, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "equal in both engines: 2 of 2 episodes" in done.stdout
+    assert read(tmp_path / "r")["equal_episodes"] == 2

@@ -1,357 +1,293 @@
-"""Acting with a PRM against the same written out without caches, snapshots or batches; what scores highest is taken, the first where several do."""
+"""Acting with a PRM, against slow and independent versions without caches or batches."""
 
-from collections import Counter
-from copy import deepcopy
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-import search
-from common import key, uniform
-from env import NOTHING_HAPPENS, AlfworldEnv
-from prm import score
-from rollout import MAX_ACTION, branch, rollout
-from search import MAX_ANSWER, beam_search, best_episodes, best_of_n, last_scores, prediction_accuracy
-from tiny import assert_same, games, play, played, random_model, taught, tokenizer
-from tokenizer import ACT, END, SPECIAL, split_intro
-from tree import Tree, propose
+from candidates import PrefixTree, score_states, tilt
+from fast_alfworld import AlfworldEnv
+from model import Transformer
+from rollout import Episode, Turn, replay, rollout, sample
+from search import (MAX_ANSWER, beam_search, best_episodes, best_of_n, draws, imagine, look_ahead,
+                    read_prm, tilted)
+from tiny import (assert_same, brute_force, by_id, games, play, played, random_model, taught,
+                  tokenizer)
+from tokenizer import ACT, END, SPECIAL, Tokenizer, split_intro
+from utils import UserError, key, save_model, uniform
+
+EPISODES = [Episode(game, k) for game in games()[::8] for k in range(2)]
+OPTIONS = dict(temperature=3.0, max_steps=6, seed=5)
 
 
-def some(n=4, k=2):
-    return [(game, episode) for game in games()[:n] for episode in range(k)]
+def prm():
+    return random_model(3, "score")
 
 
-@pytest.fixture
-def candidates(monkeypatch):
-    """Filled while playing: {(number of the game, episode, step): [(action, logp, forced)], as sampled}."""
-    seen = {}
-
-    def note(policy, cache, rows, lengths, h, n, names, temperature):
-        drawn = branch(policy, cache, rows, lengths, h, n, names, temperature)
-        seen.update({tuple(name[1:].tolist()): state for name, state in zip(names.T, drawn)})
-        return drawn
-
-    monkeypatch.setattr(search, "branch", note)
-    return seen
+def played_with(act, model=None, episodes=EPISODES, **options):
+    return play(taught(), episodes, **OPTIONS | options, act=act, prm=model)
 
 
-@pytest.mark.parametrize("temperature", (0.7, 1.5))
-@torch.no_grad()
-def test_it_plays_the_candidate_of_highest_q(candidates, temperature):
-    model, ranks = random_model(head="score"), Counter()
-    trajectories = play(taught(), some(), temperature=temperature, max_steps=6, choose=best_of_n(model, 5))
-    assert len(candidates) == sum(map(len, trajectories))
-    for t in trajectories:
-        for k, (start, end) in enumerate(t.spans):
-            state = candidates[key(t.game), t.episode, k]
-            q = [model.scores(model(torch.tensor([[*t.ids[:start].tolist(), *action]])))[0, -1].item() for action, *_ in state]
-            mine = [action for action, *_ in state].index(t.ids[start:end].tolist())
-            assert q[mine] == pytest.approx(max(q), abs=1e-4)
-            assert t.logp[k] == pytest.approx(state[mine][1], abs=1e-5) and t.forced[k] == state[mine][2]
-            ranks[mine] += 1
-    assert len(ranks) == 5  # the best stands anywhere among the five
+def assert_all_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert_same(x, y)
 
 
-def test_ties_go_to_the_first(candidates):
-    """A PRM that knows nothing: best-of-N plays its first sample, whatever came twice after it."""
-    for t in play(taught(), some(), temperature=0.7, max_steps=6, choose=best_of_n(taught().with_score_head(), 6)):
-        for k, (start, end) in enumerate(t.spans):
-            first = candidates[key(t.game), t.episode, k][0]
-            assert tokenizer().decode(first[0]).strip() == tokenizer().decode(t.ids[start:end]).strip()
-    assert any(len({tuple(action) for action, *_ in state}) < 6 for state in candidates.values())
+def fake_turn(log_pi, f):
+    """A turn of B states without models."""
+    names = np.array([(1, 2, b, 3) for b in range(len(log_pi))]).T
+    return Turn(log_pi, f, [], names, [])
 
 
-def test_duplicates_are_scored_once(candidates, monkeypatch):
-    sizes = []
+# --- actions of one state ------------------------------------------------------------------------
 
-    class Counting(search.Tree):
-        def __init__(self, trunks, branches, device="cpu"):
-            sizes.append([sum(branch[0] == j for branch in branches) for j in range(len(trunks))])
-            super().__init__(trunks, branches, device)
-
-    monkeypatch.setattr(search, "Tree", Counting)
-    play(taught(), some(2, 1), temperature=0.5, max_steps=4, choose=best_of_n(random_model(head="score"), 8))
-    distinct = [len({tokenizer().decode(action).strip() for action, *_ in state}) for state in candidates.values()]
-    assert [n for step in sizes for n in step] == distinct and 1 < np.mean(distinct) < 8
+def test_best_of_one_is_sampling():
+    assert_all_same(played_with(best_of_n(1), prm()), played_with(sample))
 
 
-def test_best_of_one_samples_as_the_policy_does():
-    """First actions of 2,000 episodes each way, by a chi-square of two samples."""
-    options = dict(temperature=0.7, max_steps=1, slots=500)
-    episodes = [(games()[0], k) for k in range(2000)]
-    first = lambda choose: Counter(tokenizer().decode(t.ids[slice(*t.spans[0])]) for t in rollout(taught(), tokenizer(), episodes, choose=choose, **options))
-    a, b = first(None), first(best_of_n(random_model(head="score"), 1))
-    common = [text for text in a if a[text] + b[text] >= 10]
-    chi2 = sum((a[text] - b[text]) ** 2 / (a[text] + b[text]) for text in common)
-    assert len(common) > 8 and chi2 < len(common) + 4 * (2 * len(common)) ** 0.5
-    assert a != b  # other random numbers
+@pytest.mark.parametrize("n", [2, 7])
+def test_best_of_n_takes_the_best_of_what_it_sampled(n):
+    states, changed = [], []
+
+    def act(turn):
+        picked = best_of_n(n)(turn)
+        for b, (pi, f) in enumerate(zip(turn.log_pi.exp().double().numpy(), turn.f.numpy())):
+            u = [uniform(*turn.names[:, b], *([i] if i else [])) for i in range(n)]
+            drawn = [int(np.searchsorted(pi.cumsum(), x * pi.sum(), side="right")) for x in u]
+            assert picked[b] == max(dict.fromkeys(drawn), key=lambda c: f[c])  # ties: the first
+            states.append(b), changed.append(int(picked[b]) != drawn[0])
+        return picked
+
+    played_with(act, prm())
+    assert len(states) > 50 and 0.2 < np.mean(changed) < 1
 
 
-def test_a_seed_names_it_and_neighbours_do_not_matter():
-    choose = best_of_n(random_model(head="score"), 3)
-    a, b, c = (play(taught(), some(), temperature=0.7, max_steps=5, choose=choose, slots=slots, seed=seed) for slots, seed in ((16, 0), (3, 0), (16, 1)))
-    assert [t.ids.tolist() for t in a] == [t.ids.tolist() for t in b] != [t.ids.tolist() for t in c]
+def test_ties_go_to_the_first_drawn():
+    log_pi = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    turn = fake_turn(log_pi, torch.zeros(200, 6))
+    assert torch.equal(best_of_n(5)(turn), sample(turn))
 
 
-def test_more_candidates_score_higher():
-    model = random_model(head="score")
-    one, four = (np.concatenate(score(model, play(taught(), some(6), temperature=1.0, max_steps=6, choose=best_of_n(model, n)))).mean() for n in (1, 4))
-    assert four > one + 0.1
+def test_tilted_without_limit_is_the_policy_and_near_zero_the_argmax():
+    assert_all_same(played_with(tilted(np.inf), prm()), played_with(sample))
+    rng = torch.Generator().manual_seed(0)
+    log_pi = torch.randn(500, 8, generator=rng).log_softmax(-1)
+    f = torch.stack([torch.randperm(8, generator=rng) - 4 for _ in range(500)]).float()
+    assert torch.equal(tilted(1e-4)(fake_turn(log_pi, f)), f.argmax(-1))
 
 
-# --- look-ahead --------------------------------------------------------------------------------------------------------------------
+def test_tilted_samples_from_the_closed_form():
+    rng, n = torch.Generator().manual_seed(1), 20_000
+    log_pi, f = torch.randn(6, generator=rng).log_softmax(-1), torch.randn(6, generator=rng)
+    picked = tilted(0.2)(fake_turn(log_pi.expand(n, 6), f.expand(n, 6)))
+    p = torch.softmax(log_pi + f.sigmoid() / 0.2, -1)
+    assert torch.allclose(p, tilt(log_pi[None], f[None].sigmoid(), 0.2).exp()[0], atol=1e-6)
+    counts = torch.bincount(picked, minlength=6)
+    assert float(((counts - n * p) ** 2 / (n * p)).sum()) < 20.5  # chi-square, 5 d.o.f., p = 0.001
 
-@torch.no_grad()
-def written_by_hand(model, ids, last, most, temperature, names=None):
-    """The next action or answer from plain passes over everything: the most probable tokens, or sampled by the names. -> ids, with `last`"""
-    out = []
-    while len(out) < most - 1 and last not in out:
-        logits = model.logits(model(torch.tensor([[*ids, *out]])))[0, -1]
-        logits[[i for i in range(len(SPECIAL)) if i != last]] = -torch.inf
-        if temperature:
-            cdf = (logits / temperature).softmax(-1).double().cumsum(0)
-            out.append(int((cdf <= uniform(*names, len(out)) * cdf[-1]).sum()))
-        else:
-            out.append(int(logits.argmax()))
-    return out if last in out else [*out, last]
+
+# --- look-ahead ----------------------------------------------------------------------------------
+
+def test_look_ahead_by_nothing_is_best_of_n():
+    ahead = played_with(look_ahead(prm(), 6, 0, OPTIONS["temperature"]))
+    assert_all_same(ahead, played_with(best_of_n(6), prm()))
+
+
+def imagined_slowly(policy, ids, depth):
+    """Greedy answers and greedy actions behind a transcript, without a cache."""
+    ids = [*ids, END]
+    for _ in range(depth):
+        for last, most in ((ACT, MAX_ANSWER), (END, 16)):
+            allowed = [last, *range(len(SPECIAL), len(tokenizer()))]
+            for k in range(most):
+                logits = policy.logits(policy(torch.tensor([ids]))[0, -1])
+                token = last if k == most - 1 else allowed[int(logits[allowed].argmax())]
+                ids.append(token)
+                if token == last:
+                    break
+    return ids
 
 
 @torch.no_grad()
-def q_by_hand(prm, ids):
-    return prm.scores(prm(torch.tensor([ids])))[0, -1].item()
+def test_look_ahead_by_brute_force():
+    """What is imagined, what it is worth, and that the rollout's own cache stays as it is."""
+    scorer, seen = prm(), []
+
+    def act(turn):
+        before = turn.cache.k.clone(), turn.cache.v.clone(), turn.lengths.copy()
+        picked = look_ahead(scorer, 3, 1, temperature=0)(turn)
+        assert torch.equal(turn.cache.k, before[0]) and torch.equal(turn.cache.v, before[1])
+        assert (turn.lengths == before[2]).all()
+        if len(seen) < 3:
+            for b, drawn in enumerate(draws(turn.log_pi, turn.names, 3).tolist()):
+                values = {}
+                for c in dict.fromkeys(drawn):
+                    path = turn.trees[b].ids[turn.trees[b].paths[c]]
+                    ids = imagined_slowly(turn.policy, [*turn.histories[b], *path], 1)
+                    values[c] = float(scorer.scores(scorer(torch.tensor([ids])))[0, -1])
+                assert picked[b] == max(values, key=values.get)
+            seen.append(b)
+        return picked
+
+    played_with(act, episodes=EPISODES[:4], max_steps=3)
+    assert len(seen) == 3
 
 
-@pytest.mark.parametrize("little", (False, True), ids=("", "little context"))
-@pytest.mark.parametrize("depth", (1, 2))
-def test_look_ahead_plays_the_action_whose_imagined_future_scores_highest(candidates, little, depth, monkeypatch):
-    if little:
-        monkeypatch.setattr(search, "MAX_ANSWER", 10)
-    longest, context = search.MAX_ANSWER, 130 + 26 * depth if little else 1024
-    policy = random_model(1, context=context) if little else taught()
-    model, ranks, depths = random_model(head="score"), Counter(), Counter()
-    trajectories = play(policy, some(3 if little else 8, 1), temperature=0.9, max_steps=4, seed=5, choose=best_of_n(model, 3, depth))
+def test_imagined_futures_have_turns_and_fit_the_context():
+    policy = Transformer(replace(taught().config, max_len=520)).eval()
+    policy.load_state_dict(taught().state_dict())
+    depths = set()
+
+    def act(turn):
+        n = len(turn.rows)
+        room = (520 - turn.lengths[turn.rows] - 16) // (MAX_ANSWER + 16)
+        actions = [tree.ids[tree.paths[0]] for tree in turn.trees]
+        futures = imagine(turn, turn.rows, actions, np.minimum(9, room), 1.0, turn.names)
+        for ids, history, depth in zip(futures, turn.histories, room):
+            assert ids.count(ACT) == depth == ids.count(END)
+            assert len(history) + len(ids) + 1 <= 520
+        depths.update(room.tolist())
+        return look_ahead(prm(), 2, 9)(turn) if n else sample(turn)
+
+    list(rollout(policy, tokenizer(), EPISODES[:3], act=act, temperature=1.0, max_steps=12))
+    assert len(depths) > 1
+
+
+# --- whole episodes ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_best_episodes():
+    scorer, some = prm(), played()
+    f = {(t.game, t.episode): float(scorer.scores(scorer(torch.tensor(t.ids[None]).long()))[0, -1])
+         for t in some}
+    best = {(t.game, t.episode) for t in best_episodes(scorer, some, 2)}
+    pairs = {(t.game, t.episode // 2) for t in some}
+    assert best == {max(((game, 2 * k), (game, 2 * k + 1)), key=f.get) for game, k in pairs}
+    assert len(best_episodes(scorer, some, 1)) == len(some)
+
+
+# --- beams ---------------------------------------------------------------------------------------
+
+def beams(keep, expand, episodes=EPISODES, **options):
+    found = list(beam_search(taught(), prm(), tokenizer(), episodes, keep, expand,
+                             **OPTIONS | options))
+    return zip(*sorted(found, key=lambda x: (x[0].game, x[0].episode)))
+
+
+def test_one_beam_is_best_of_n():
+    trajectories, tried = beams(1, 5)
+    assert_all_same(trajectories, played_with(best_of_n(5), prm()))
+    assert list(tried) == [len(t) for t in trajectories]
+
+
+def test_one_wide_beam_is_greedy_in_q():
+    trajectories, _ = beams(1, 400, temperature=20.0)
+    greedy = played_with(lambda turn: turn.f.masked_fill(turn.log_pi < -1e8, -1e9).argmax(-1),
+                         prm(), temperature=20.0)
+    assert_all_same(trajectories, greedy)
+
+
+def test_the_slots_change_nothing():
+    (a, tried_a), (b, tried_b) = beams(3, 2, slots=1), beams(3, 2, slots=5)
+    assert_all_same(a, b)
+    assert tried_a == tried_b
+
+
+def test_worlds_are_restored_exactly():
+    """What a beam search returns is what its actions lead to, played from the start."""
+    trajectories, _ = beams(4, 3, episodes=[Episode(game, 0) for game in games()], max_steps=9)
     for t in trajectories:
-        for k, (start, end) in enumerate(t.spans):
-            name, q, texts = (key(t.game), t.episode, k), [], {}
-            for action, *_ in candidates[name]:
-                texts.setdefault(tokenizer().decode(action).strip(), action)
-            turns = min(depth, (context - start - MAX_ACTION) // (longest + MAX_ACTION))
-            for number, action in enumerate(texts.values()):
-                ids = [*t.ids[:start].tolist(), *action]
-                for turn in range(turns):
-                    ids += written_by_hand(policy, ids, ACT, longest, 0)
-                    ids += written_by_hand(policy, ids, END, MAX_ACTION, 0.9, (5, *name, number, turn))
-                q.append(q_by_hand(model, ids))
-            mine = list(texts.values()).index(t.ids[start:end].tolist())
-            assert q[mine] == pytest.approx(max(q), abs=1e-4)
-            ranks[mine] += 1
-            depths[turns] += 1
-    assert len(ranks) == 3 and len(depths) == 1 + little
+        env, game = AlfworldEnv(9), by_id()[t.game]
+        intro, _ = env.reset(game)
+        ids = [*tokenizer().prompt(*split_intro(intro))]
+        for action in tokenizer().actions(t.ids):
+            observation, reward, won, truncated, _ = env.step(action)
+            ids += [*tokenizer().encode(action), END, *tokenizer().turn(observation)]
+        assert ids[:len(t.ids)] == t.ids.tolist()
+        assert (t.won, t.truncated, t.reward) == (won, truncated, reward)
+        commands = replay(t, game, tokenizer())
+        states = [(0, int(start), PrefixTree(c, tokenizer().encode))
+                  for start, c in zip(t.spans[:, 0], commands)]
+        with torch.no_grad():
+            log_pi = score_states(taught(), [t.ids], states, OPTIONS["temperature"])
+        np.testing.assert_allclose(log_pi[range(len(t)), t.choice], t.logp, atol=1e-4)
+        assert [len(c) for c in commands] == t.n_candidates.tolist()
 
 
-def test_look_ahead_leaves_the_world_alone():
-    class Watched(AlfworldEnv):
-        choosing = False
-
-        def untouched(name):
-            def method(self, *arguments):
-                assert not Watched.choosing, name
-                return getattr(AlfworldEnv, name)(self, *arguments)
-            return method
-
-        step, reset, snapshot, restore, admissible_commands = map(untouched, ("step", "reset", "snapshot", "restore", "admissible_commands"))
-
-    look_ahead = best_of_n(random_model(head="score"), 3, 2)
-
-    def choose(*arguments):
-        Watched.choosing = True
-        chosen = look_ahead(*arguments)
-        Watched.choosing = False
-        return chosen
-
-    watched, plain = (play(taught(), some(2, 1), temperature=0.7, max_steps=3, choose=c, make_env=env) for c, env in ((choose, Watched), (look_ahead, AlfworldEnv)))
-    assert [t.ids.tolist() for t in watched] == [t.ids.tolist() for t in plain]
-
-
-def test_a_seed_names_look_ahead_and_neighbours_do_not_matter():
-    choose = best_of_n(random_model(head="score"), 3, 1)
-    a, b, c = (play(taught(), some(), temperature=0.7, max_steps=3, choose=choose, slots=slots, seed=seed) for slots, seed in ((16, 0), (3, 0), (16, 1)))
-    assert [t.ids.tolist() for t in a] == [t.ids.tolist() for t in b] != [t.ids.tolist() for t in c]
-    without = play(taught(), some(), temperature=0.7, max_steps=3, choose=best_of_n(random_model(head="score"), 3))
-    assert [t.ids.tolist() for t in a] != [t.ids.tolist() for t in without]
-
-
-@torch.enable_grad()
-def knowing(t):
-    """A policy that has learned one episode by heart, or nearly."""
-    policy, ids = deepcopy(taught()), torch.from_numpy(t.ids.astype(np.int64))[None]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(policy.logits(policy(ids[:, :-1]))[0], ids[0, 1:]).backward()
-        optimizer.step()
-    return policy
-
-
-def test_predictions_are_counted_against_what_the_world_said():
-    trajectories, right, exact = played()[:12:4], [], []
-    policy = knowing(trajectories[0])
-    for t in trajectories:
-        for (_, end), (start, _) in zip(t.spans, t.spans[1:]):
-            real = t.ids[end:start].tolist()
-            exact.append(written_by_hand(policy, t.ids[:end], ACT, MAX_ANSWER, 0) == real)
-            right += [written_by_hand(policy, [*t.ids[:end], *real[:i]], ACT, 2, 0)[0] == token for i, token in enumerate(real)]
-    told = prediction_accuracy(policy, trajectories, batch=2)
-    assert told == {"answers": len(exact), "exact": pytest.approx(np.mean(exact)), "tokens": pytest.approx(np.mean(right))}
-    assert 0 < told["exact"] < 1 and 0 < told["tokens"] < 1 and told["exact"] != told["tokens"]
-    assert prediction_accuracy(policy, [replace(t, spans=t.spans[:1])]) == {"answers": 0, "exact": None, "tokens": None}
-
-
-# --- whole episodes ------------------------------------------------------------------------------------------------------------------
-
-def test_the_best_episode_is_that_of_highest_q_at_its_end_whatever_was_won():
-    model = random_model(head="score")
-    q = last_scores(model, played())
-    np.testing.assert_allclose(q, [q_by_hand(model, t.ids.tolist()) for t in played()], atol=1e-4)
-    for n in (1, 2, 4):
-        expected = set()
-        for game in {t.game for t in played()}:
-            for group in range(4 // n):
-                numbers = range(group * n, group * n + n)
-                expected.add((game, max(numbers, key=lambda e: next(x for t, x in zip(played(), q) if (t.game, t.episode) == (game, e)))))
-        order = np.random.default_rng(n).permutation(len(played()))
-        poisoned = [replace(played()[i], won=bool(i % 2), reward=float(i % 2), truncated=not i % 2) for i in order]
-        chosen = best_episodes(poisoned, last_scores(model, poisoned), n)
-        assert len(chosen) == 48 // n and {(t.game, t.episode) for t in chosen} == expected
-    assert {t.episode for t in best_episodes(list(reversed(played())), np.zeros(48), 4)} == {0}  # ties go to the first
-
-
-# --- beams -----------------------------------------------------------------------------------------------------------------------------
-
-class Ends(AlfworldEnv):
-    """A world whose episodes end soon: with the second thing opened, or at the third way to something of number 1. Its reward says nothing."""
-
-    def reset(self, game):
-        self.count = 0
-        return super().reset(game)
-
-    def snapshot(self):
-        return super().snapshot(), self.count
-
-    def restore(self, snapshot):
-        super().restore(snapshot[0])
-        self.count = snapshot[1]
-
-    def step(self, action):
-        observation, _, _, truncated, info = super().step(action)
-        self.count += 3 * observation.startswith("You open") + 2 * (action.startswith("go to") and action.endswith(" 1"))
-        return observation, 0.5, self.count >= 6, truncated and self.count < 6, info
-
-
-def search_by_hand(policy, prm, game, episode, keep, expand, temperature, seed, max_steps, context, make_env):
-    """The same search with every history encoded afresh and played again from the start. -> (ids, actions tried, was it the world that ended it)"""
-    intro, _ = make_env(max_steps).reset(game)
-    live, ended, tried = [(list(tokenizer().prompt(*split_intro(intro))), [])], [], 0
-    for step in range(max_steps):
-        found = {}  # texts of the history -> (q, its ids)
-        for rank, (ids, texts) in enumerate(live):
-            for beam in [rank] if step else range(keep):
-                for c in range(expand):
-                    action = written_by_hand(policy, ids, END, MAX_ACTION, temperature, (seed, key(game.id), episode, step + beam * max_steps, c))
-                    history = (*texts, tokenizer().decode(action).strip())
-                    if history not in found:
-                        found[history] = q_by_hand(prm, ids + action), ids + action
-        live, best_live = [], None
-        for history, (q, ids) in sorted(found.items(), key=lambda item: -item[1][0])[:keep]:
-            env = make_env(max_steps)
-            env.reset(game)
-            observation, _, terminated, truncated, _ = [env.step(text) for text in history][-1]
+def searched_slowly(episode, keep, expand, max_steps, temperature, seed):
+    """Beam search by replaying every history from the start. -> (commands, tried)"""
+    live, ended, tried = [((), None)], [], 0
+    while live and not any(by_world and f >= live[0][1] for by_world, f, _ in ended):
+        options = []
+        for rank, (history, _) in enumerate(live):
+            env = AlfworldEnv(max_steps)
+            intro, info = env.reset(episode.game)
+            ids = [*tokenizer().prompt(*split_intro(intro))]
+            for action in history:
+                observation, _, _, _, info = env.step(action)
+                ids += [*tokenizer().encode(action), END, *tokenizer().turn(observation)]
+            state = (0, len(ids), PrefixTree(info["admissible_commands"], tokenizer().encode))
+            pi, = brute_force(taught(), [np.array(ids)], [state], temperature)
+            f, = brute_force(prm(), [np.array(ids)], [state])
+            names = seed, key(episode.game.id), episode.number, len(history) + rank * max_steps
+            pi, drawn = pi.exp().double().numpy(), []
+            for i in range(expand if history else keep * expand):
+                u = uniform(*names, *([i] if i else [])) * pi.sum()
+                drawn.append(int(np.searchsorted(pi.cumsum(), u, side="right")))
+            options += [(float(f[c]), (*history, info["admissible_commands"][c]))
+                        for c in dict.fromkeys(drawn)]
+        live = []
+        for f, history in sorted(options, key=lambda o: -o[0])[:keep]:
+            env = AlfworldEnv(max_steps)
+            env.reset(episode.game)
+            for action in history:
+                *_, won, truncated, _ = env.step(action)
             tried += 1
-            answer = list(tokenizer().turn(observation))
-            if terminated or truncated or len(ids + answer) + MAX_ACTION > context:
-                ended.append((terminated, q, ids))
+            if won or truncated:
+                ended.append((won, f, history))
             else:
-                live.append((ids + answer, list(history)))
-                best_live = q if best_live is None else best_live
-        if not live or any(terminated and q >= best_live for terminated, q, _ in ended):
-            break
-    terminated, _, ids = max(ended, key=lambda e: e[:2])
-    return ids, tried, terminated
+                live.append((history, f))
+    return max(ended, key=lambda e: e[:2])[2], tried
 
 
-@pytest.mark.parametrize("keep, expand", ((1, 1), (1, 3), (3, 1), (2, 3)))
-@pytest.mark.parametrize("make_env, context", ((Ends, 1024), (AlfworldEnv, 180)), ids=("ends", "little context"))
-def test_beam_search_equals_one_without_cache_or_snapshots(keep, expand, make_env, context):
-    policy = taught() if context == 1024 else random_model(2, context=context)
-    prm, options = random_model(head="score", context=context), dict(temperature=1.0, seed=3, max_steps=6, make_env=make_env)
-    kinds = Counter()
-    found = list(beam_search(policy, prm, tokenizer(), some(4, 1), keep, expand, **options))
-    assert len(found) == 4
-    for t, tried in found:
-        game = next(game for game in games() if game.id == t.game)
-        ids, expected_tried, by_itself = search_by_hand(policy, prm, game, t.episode, keep, expand, context=context, **options)
-        assert (t.ids.tolist(), tried, not t.truncated) == (ids, expected_tried, by_itself)
-        kinds[by_itself, len(t)] += 1
-    assert len(kinds) > 1 or keep * expand == 1
+@pytest.mark.parametrize("max_steps", [9, 12])
+def test_beams_by_brute_force(max_steps):
+    episodes = [Episode(game, 1) for game in games()[-4:]]
+    trajectories, tried = beams(3, 2, episodes, max_steps=max_steps, temperature=1.0)
+    for t, n in zip(trajectories, tried):
+        slow = searched_slowly(Episode(by_id()[t.game], 1), 3, 2, max_steps, 1.0, 5)
+        assert (tuple(tokenizer().actions(t.ids)), n) == slow
+    if max_steps == 9:
+        assert {t.won for t in trajectories} == {True, False}
+    else:  # a search that went on after a history had won
+        assert any(t.won and n > 3 * len(t) + 3 for t, n in zip(trajectories, tried))
 
 
-def test_a_single_beam_is_best_of_n():
-    prm = random_model(head="score")
-    for n in (1, 4):
-        beams = sorted(found(some(), 1, n, prm), key=lambda t: (t.game, t.episode))
-        for a, b in zip(beams, play(taught(), some(), temperature=0.7, max_steps=5, choose=best_of_n(prm, n)), strict=True):
-            assert_same(a, b)
+# --- which PRMs may be used ----------------------------------------------------------------------
+
+def test_a_prm_of_another_vocabulary_is_refused(tmp_path):
+    other = Tokenizer.train(["nothing", "happens"] * 9, {"desk": 2})
+    save_model(tmp_path / "prm", random_model(0, "score", vocab_size=len(other)), other)
+    with pytest.raises(UserError, match="another vocabulary"):
+        read_prm(tmp_path / "prm", tokenizer())
 
 
-def found(episodes, keep, expand, prm, policy=None, **options):
-    options = {"temperature": 0.7, "max_steps": 5, **options}
-    return [t for t, _ in beam_search(policy or taught(), prm, tokenizer(), episodes, keep, expand, **options)]
-
-
-def test_what_beam_search_finds_happened_so():
-    """The actions, played again, get the answers that stand in the trajectory; its log-probabilities are those of the policy."""
-    for t in found(some(), 3, 3, random_model(head="score")):
-        env = AlfworldEnv(5)
-        intro, _ = env.reset(next(game for game in games() if game.id == t.game))
-        ids = list(tokenizer().prompt(*split_intro(intro)))
-        for k, (start, end) in enumerate(t.spans):
-            assert len(ids) == start
-            ids += t.ids[start:end].tolist()
-            observation, reward, won, truncated, _ = env.step(tokenizer().decode(t.ids[start:end]))
-            assert t.inadmissible[k] == (observation == NOTHING_HAPPENS)
-            ids += tokenizer().turn(observation) * (k < len(t) - 1)
-        assert ids == t.ids.tolist() and (t.reward, t.won, t.truncated) == (reward, won, truncated)
-        branches = [(0, int(start), t.ids[start:end].tolist(), bool(cut)) for (start, end), cut in zip(t.spans, t.forced)]
-        np.testing.assert_allclose(Tree([t.ids], branches).logprobs(taught(), 0.7).detach(), t.logp, atol=1e-3)
-
-
-def test_a_seed_names_a_search_and_neighbours_do_not_matter():
-    prm = random_model(head="score")
-    a, b, c, d = ({(t.game, t.episode): t.ids.tolist() for t in found(episodes, 2, 3, prm, slots=slots, seed=seed, make_env=Ends)}
-                  for episodes, slots, seed in ((some(), 16, 0), (some()[::-1], 3, 0), (some(), 16, 1), (some()[2:3], None, 0)))
-    assert len(a) == 8 and a == b != c and d.items() <= a.items()
-
-
-def test_ties_between_beams_go_to_the_first():
-    """A PRM that knows nothing: the first sample of the first beam, all along."""
-    know_nothing = taught().with_score_head()
-    a, b = ({(t.game, t.episode): t.ids.tolist() for t in found(some(), keep, 2, know_nothing)} for keep in (1, 3))
-    assert a == b
-
-
-# --- samples of a state ------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("temperature", (0.3, 1.5))
-def test_samples_that_share_rows_are_those_drawn_alone(temperature):
-    """Each sample has its random numbers and its log-probability, however many there are; the cache of the states stays as it was."""
-    states = [(0, int(played()[0].spans[3, 0])), (1, int(played()[9].spans[1, 0])), (1, int(played()[9].spans[4, 0]))]
-    trunks = [played()[i].ids for i in (0, 9)]
-    draw = lambda n, states=states: propose(taught(), trunks, states, n, temperature, (5, np.array([start for _, start in states])))
-    many = draw(12)
-    assert [state[:3] for state in many] == draw(3) and [draw(12, [state])[0] for state in states] == many
-    for (b, start), state in zip(states, many):
-        for number, (action, _) in enumerate(state):
-            assert action == written_by_hand(taught(), trunks[b][:start], END, MAX_ACTION, temperature, (5, start, number))
-    assert temperature < 1 or min(len({tuple(action) for action, _ in state}) for state in many) > 6
+@pytest.mark.parametrize("flags, fine", [
+    ({"prm_loss": "bt"}, False), ({"algo": "inverseprm"}, False),
+    ({"ablation": "reset,shaping"}, False), ({"ablation": ["shaping"]}, False),
+    ({"prm_loss": "bce", "algo": "agentprm", "ablation": ""}, True),
+    ({"ablation": None}, True), ([], True), (None, True)])
+def test_a_relative_prm_is_for_one_state_only(tmp_path, flags, fine):
+    folder = tmp_path / "iter1" / "prm"
+    save_model(folder, prm(), tokenizer())
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
+    read_prm(folder, tokenizer(), within_state=True)
+    if fine:
+        read_prm(folder, tokenizer())
+    else:
+        with pytest.raises(UserError, match="one state only") as caught:
+            read_prm(folder, tokenizer())
+        assert "\n" not in str(caught.value)
