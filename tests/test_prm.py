@@ -1,329 +1,352 @@
-"""The PRM: its loss against torch's, one pass over a trajectory against a sequence for every action, and that it learns."""
+"""The PRM: losses against naive loops, one pass over a trajectory against a sequence an action."""
 
 import copy
-import math
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import prm as prm_module
-from common import pad
-from prm import (Objective, actions_of, answers_loss, batches, bce_loss, bt_loss, fit_labels, label_entropy, pair_gaps, prefer, promise_and_progress,
-                 promise_progress_loss, report, score, scores_at, share_right, states_of, train_prm)
-from qestimate import labels_of, preference_pairs, q_table, state_labels, td_gae
-from tiny import as_it_is, tell, expert_trajectories, played, random_model, taught, tokenizer
+import prm as prms
+from prm import (Fit, at_actions, at_start, bce_loss, bce_objective, bt_loss, bt_objective, fit,
+                 label_entropy, pair_accuracy, promise_progress_loss, promise_progress_objective,
+                 score, validation_metrics)
+from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
+from tiny import played, random_model, same, taught, tokenizer
 from tokenizer import END
 
 
 def random_labels(n, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, generator=g) * 3, torch.rand(n, generator=g), torch.rand(n, generator=g) + 0.1
+    return 3 * torch.randn(n, generator=g), torch.rand(n, generator=g), torch.rand(n, generator=g)
 
 
-# --- the loss ------------------------------------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------
 
-def test_bce_is_torchs_weighted_mean():
+def test_bce_is_the_weighted_sum_over_the_elements():
     f, q_hat, weight = random_labels(100)
-    each = F.binary_cross_entropy(f.double().sigmoid(), q_hat.double(), reduction="none")
-    assert float(bce_loss(f, q_hat, weight)) == pytest.approx(float((each * weight).sum() / weight.sum()), rel=1e-5)
-    assert float(bce_loss(f, q_hat, torch.ones(100))) == pytest.approx(float(F.binary_cross_entropy_with_logits(f, q_hat)), rel=1e-6)
-    assert float(bce_loss(f, q_hat, weight)) == pytest.approx(float(bce_loss(f, q_hat, 7 * weight)), rel=1e-5)
+    q = f.double().sigmoid()
+    want = sum(float(w * -(y * p.log() + (1 - y) * (1 - p).log()))
+               for p, y, w in zip(q, q_hat.double(), weight.double()))
+    assert float(bce_loss(f, q_hat, weight)) == pytest.approx(want, rel=1e-5)
 
 
-def test_an_action_seen_k_times_weighs_as_one_seen_once():
+def test_a_pair_seen_k_times_at_weight_1_over_k_counts_once():
     f, q_hat = torch.tensor([2.0, -1.0]), torch.tensor([0.3, 0.8])
-    once = bce_loss(f, q_hat, torch.ones(2))
-    torch.testing.assert_close(bce_loss(f[[0, 0, 0, 1]], q_hat[[0, 0, 0, 1]], torch.tensor([1, 1, 1, 3]) / 3), once)
+    often = bce_loss(f[[0, 0, 0, 1]], q_hat[[0, 0, 0, 1]], torch.tensor([1 / 3, 1 / 3, 1 / 3, 1]))
+    torch.testing.assert_close(often, bce_loss(f, q_hat, torch.ones(2)))
 
 
-def test_the_labels_entropy_is_the_least_loss_there_is():
-    f, q_hat, weight = random_labels(100)
-    q_hat[:2] = torch.tensor([0.0, 1.0])
-    entropy = float(label_entropy(q_hat, weight))
-    best = torch.logit(q_hat, eps=1e-7)
-    assert float(bce_loss(best, q_hat, weight)) == pytest.approx(entropy, abs=1e-5)
-    for seed in range(20):
-        assert bce_loss(best + 0.5 * random_labels(100, seed)[0], q_hat, weight) > entropy + 0.01
+def test_bce_is_minimal_where_q_equals_the_label_and_the_minimum_is_the_entropy():
+    _, q_hat, weight = random_labels(100)
+    best = torch.logit(q_hat.double()).requires_grad_()
+    loss = bce_loss(best, q_hat.double(), weight.double())
+    loss.backward()
+    assert best.grad.abs().max() < 1e-9
+    entropy = float(label_entropy(q_hat.double(), weight.double()))
+    assert loss.item() == pytest.approx(entropy, rel=1e-9)
+    for seed in range(10):
+        other = best.detach() + 0.3 * torch.from_numpy(np.random.default_rng(seed).normal(size=100))
+        assert bce_loss(other, q_hat.double(), weight.double()) > entropy + 0.01
+
+
+def test_the_entropy_of_certain_labels_is_0_and_of_even_ones_log_2():
     assert label_entropy(torch.tensor([0.0, 1.0]), torch.ones(2)) == 0
-    assert float(label_entropy(torch.full((3,), 0.5), torch.ones(3))) == pytest.approx(np.log(2))
+    entropy = label_entropy(torch.full((3,), 0.5), torch.tensor([1.0, 0.5, 0.5]))
+    assert float(entropy) == pytest.approx(2 * np.log(2))
 
 
-def test_the_relative_loss_is_a_bernoulli_of_the_difference():
-    f, g = random_labels(50)[0], random_labels(50, 1)[0]
-    torch.testing.assert_close(bt_loss(f, g), F.binary_cross_entropy_with_logits(f - g, torch.ones(50), reduction="none"))
-    torch.testing.assert_close(bt_loss(f + 3, g + 3), bt_loss(f, g), atol=1e-5, rtol=1e-4)  # a constant of the state does not matter
+def test_bt_is_a_bernoulli_of_the_difference_with_its_gradient():
+    f, g = random_labels(50)[0].requires_grad_(), random_labels(50, 1)[0].requires_grad_()
+    want = F.binary_cross_entropy_with_logits(f - g, torch.ones(50), reduction="none")
+    torch.testing.assert_close(bt_loss(f, g), want)
+    torch.testing.assert_close(bt_loss(f + 3, g + 3), want, atol=1e-5, rtol=1e-4)
+    bt_loss(f, g).sum().backward()
+    step = torch.sigmoid(f - g).detach() - 1
+    torch.testing.assert_close(f.grad, step)
+    torch.testing.assert_close(g.grad, -step)
 
 
-def test_promise_and_progress_written_out():
-    rng = np.random.default_rng(0)
-    for T in (1, 2, 7):
-        M, q_hat, advantage = (torch.from_numpy(rng.random(T)) for _ in range(3))
-        M.requires_grad_()
-        ours = promise_progress_loss(M, q_hat, advantage, 0.7)
-        expected = [(M[t] - q_hat[t]) ** 2 + (0.7 * (M[t] - M[t - 1] - advantage[t]) ** 2 if t else 0) for t in range(T)]
-        torch.testing.assert_close(ours, torch.stack(expected))
-        ours.sum().backward()
-        step = [2 * (M[t] - q_hat[t]) + (1.4 * (M[t] - M[t - 1] - advantage[t]) if t else 0) - (1.4 * (M[t + 1] - M[t] - advantage[t + 1]) if t + 1 < T else 0)
-                for t in range(T)]
-        torch.testing.assert_close(M.grad, torch.stack(step).detach())  # through M_{t−1} too
-    # with labels that bootstrap on M itself the two losses are equal in value at t > 0
-    M = torch.from_numpy(rng.random(6))
-    q_hat, advantage = map(torch.from_numpy, td_gae(M.numpy(), 0.2, 1.0, 0.95, 0.95))
-    losses = promise_progress_loss(M, q_hat, advantage, 1.0)
-    torch.testing.assert_close(losses[1:], 2 * (M - q_hat)[1:] ** 2)
+def test_promise_and_progress_on_the_example_of_the_method():
+    M = np.array([0.5, 0.6, 0.8])
+    q_hat, advantage = td_gae(M, 0.4, 1.0, 0.95, 0.95)
+    np.testing.assert_allclose(advantage, [0.4640, 0.4310, 0.4], atol=5e-5)
+    np.testing.assert_allclose(q_hat, [0.8640, 0.9310, 1.0], atol=5e-5)
+    losses = promise_progress_loss(*map(torch.from_numpy, (M, q_hat, advantage)), 1.0)
+    squares = torch.from_numpy((M - q_hat) ** 2)
+    torch.testing.assert_close(losses, squares * torch.tensor([1, 2, 2]))  # L_A equals L_Q
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("T", (1, 2, 7))
+def test_promise_and_progress_against_a_loop_and_finite_differences(T):
+    rng, beta = np.random.default_rng(T), 0.7
+    m, q_hat, advantage = rng.random((3, T))
+
+    def loop(m):
+        return [(m[t] - q_hat[t]) ** 2
+                + (beta * (m[t] - m[t - 1] - advantage[t]) ** 2 if t else 0) for t in range(T)]
+
+    M = torch.from_numpy(m).requires_grad_()
+    losses = promise_progress_loss(M, torch.from_numpy(q_hat), torch.from_numpy(advantage), beta)
+    np.testing.assert_allclose(losses.detach(), loop(m))
+    losses.sum().backward()
+    h = 1e-6
+    numeric = [(sum(loop(m + h * unit)) - sum(loop(m - h * unit))) / (2 * h) for unit in np.eye(T)]
+    np.testing.assert_allclose(M.grad, numeric, atol=1e-6)  # also through M_{t−1}
+
+
+# --- one pass over a trajectory ------------------------------------------------------------------
 
 @torch.no_grad()
-def test_one_pass_over_a_batch_scores_as_one_sequence_for_every_action():
-    """The public code encodes prefix and action anew for every action; the score at the <end> of each must be the same."""
-    model, trajectories = random_model(head="score"), [*played()[:6], *expert_trajectories()[:6]]
-    scores = lambda part: scores_at(model, model(pad([t.ids for t in part])), actions_of(part))
-    batch, alone = scores(trajectories), torch.cat([scores([t]) for t in trajectories])
-    separate = torch.stack([model.scores(model(torch.as_tensor(t.ids[:end], dtype=torch.long)[None]))[0, -1] for t in trajectories for _, end in t.spans])
-    assert separate.std() > 0.1
-    torch.testing.assert_close(batch, separate, atol=1e-4, rtol=0)
-    torch.testing.assert_close(alone, separate, atol=1e-4, rtol=0)
-    for batch_size in (1, 5, 64):
-        parts = score(model, trajectories, batch_size)
-        assert [len(p) for p in parts] == [len(t) for t in trajectories]
-        np.testing.assert_allclose(np.concatenate(parts), separate, atol=1e-4)
+def test_q_at_every_action_in_one_pass_equals_one_sequence_for_each_action():
+    model, some = random_model(head="score"), [*played()[:6], *played()[-3:]]
+    assert len({len(t.ids) for t in some}) > 3
+    f = lambda ids: float(model.scores(model(torch.as_tensor(ids, dtype=torch.long)[None]))[0, -1])
+    want = [[f(t.ids[:end]) for _, end in t.spans] for t in some]
+    assert np.std(sum(want, [])) > 0.1
+    for got, alone, row, t in zip(at_actions(model, some), score(model, some, 4), want, some):
+        np.testing.assert_allclose(got, row, atol=1e-4)
+        np.testing.assert_allclose(alone, row, atol=1e-4)
+    start = [f(t.ids[:t.spans[0, 0]]) for t in some]
+    np.testing.assert_allclose(at_start(model, some), start, atol=1e-4)
 
 
-def test_a_batch_has_the_gradient_of_its_parts():
-    """Split in two, each half weighing by its labels' weights: the same gradient."""
-    trajectories, model = played()[:8], random_model(head="score")
-    labels = labels_of(trajectories, q_table(trajectories, tokenizer(), 0.95))
-    labels = [(np.random.default_rng(i).random(len(q)).astype(np.float32), w) for i, (q, w) in enumerate(labels)]
+# --- objectives ----------------------------------------------------------------------------------
 
-    def gradient(parts):
-        model.zero_grad()
-        total = sum(float(w.sum()) for _, w in labels)
-        for part in parts:
-            q_hat, weight = (torch.from_numpy(np.concatenate([labels[i][k] for i in part])) for k in (0, 1))
-            f = scores_at(model, model(pad([trajectories[i].ids for i in part])), actions_of([trajectories[i] for i in part]))
-            (bce_loss(f, q_hat, weight) * weight.sum() / total).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    whole = gradient([range(8)])
-    assert whole.norm() > 0.01
-    for parts in ([range(3), range(3, 8)], [[i] for i in range(8)]):
-        torch.testing.assert_close(gradient(parts), whole, atol=1e-4 * float(whole.abs().max()), rtol=1e-3)
+def with_labels(some, seed=0):
+    """Random labels of the right shape: [(q_hat (T,), weight (T,))]."""
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.random((2, len(t))).astype(np.float32)) for t in some]
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("n, batch", ((1, 4), (7, 3), (100, 8), (1000, 4), (33, 32), (256, 32), (257, 32)))
-def test_every_epoch_takes_each_trajectory_once(n, batch):
-    stream, order = batches(n, batch, np.random.default_rng(1)), []
-    for _ in range(3):
-        epoch = [next(stream) for _ in range(-(-n // batch))]
-        assert sorted(np.concatenate(epoch).tolist()) == list(range(n))
-        assert max(map(len, epoch)) <= batch
-        order.append(np.concatenate(epoch).tolist())
-    assert n < 5 or order[0] != order[1]
-    together = [{frozenset(b.tolist()) for b in epoch} for epoch in ([next(stream) for _ in range(-(-n // batch))] for _ in range(2))]
-    assert n < 2 * batch or together[0] != together[1]  # not the same ones side by side every time
+def gradient(model, losses):
+    model.zero_grad()
+    sum(losses).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------------------
+def test_the_bce_objective_is_a_loop_over_the_actions():
+    model, some = random_model(head="score"), played()[:12]
+    labels, picked = with_labels(some), [7, 2, 5]
+    objective = bce_objective(some, labels)
+    loss, metrics = objective(model, picked, 3, 0)
+    mean = np.mean([w.sum() for _, w in labels])
+    total = entropy = 0
+    for i in picked:
+        for f, y, w in zip(score(model, [some[i]])[0], *labels[i]):
+            total += w * F.softplus(torch.tensor(f)).item() - w * y * f
+            entropy -= w * (y * np.log(y) + (1 - y) * np.log(1 - y))
+    assert loss.item() == pytest.approx(total / (3 * mean), rel=1e-4)
+    assert metrics["loss"][0].item() == loss.item()
+    assert float(metrics["excess"][0]) == pytest.approx((total - entropy) / (3 * mean), rel=1e-3)
 
-def toy():
-    """Episodes of the expert: the nearer the end, the higher the label."""
-    trajectories = expert_trajectories()
-    return trajectories, labels_of(trajectories, q_table(trajectories, tokenizer(), 0.95))
+
+def pairs_of(some):
+    """Each action of `look around` type against another one: [(k, ids of a⁻)] a trajectory."""
+    look = np.array([*tokenizer().encode("look"), END], np.int32)
+    other = np.array([*tokenizer().encode("inventory"), END], np.int32)
+    found = [[(k, look if k % 2 else other) for k in range(0, len(t), 1 + i % 3)] if i % 4 else []
+             for i, t in enumerate(some)]
+    return [[(k, a) for k, a in pairs if t.ids[slice(*t.spans[k])].tolist() != a.tolist()]
+            for t, pairs in zip(some, found)]
+
+
+def naive_gaps(model, t, pairs):
+    """f(s, a⁺) − f(s, a⁻), each action as a sequence of its own."""
+    f = lambda ids: model.scores(model(torch.as_tensor(ids, dtype=torch.long)[None]))[0, -1]
+    return [f(t.ids[:t.spans[k, 1]]) - f(np.concatenate([t.ids[:t.spans[k, 0]], worse]))
+            for k, worse in pairs]
+
+
+def test_the_bt_objective_is_a_loop_over_the_pairs_with_its_gradient():
+    model, some = random_model(head="score"), played()[:12]
+    pairs, picked = pairs_of(some), [1, 4, 6, 3]
+    loss, metrics = bt_objective(some, pairs, tokenizer())(model, picked, 4, 0)
+    mean = np.mean([len(found) for found in pairs])
+    gaps = torch.stack([gap for i in picked for gap in naive_gaps(model, some[i], pairs[i])])
+    assert len(gaps) > 8 and 0 < (gaps > 0).float().mean() < 1
+    want = -F.logsigmoid(gaps).sum() / (4 * mean)
+    assert loss.item() == pytest.approx(float(want), rel=1e-4)
+    right, n = metrics["accuracy"]
+    assert (int(right), n) == (int((gaps > 0).sum()), len(gaps))
+    ours, naive = gradient(model, [loss]), gradient(model, [want])
+    torch.testing.assert_close(ours, naive, atol=1e-4 * float(naive.abs().max()), rtol=1e-3)
+
+
+def test_a_batch_without_pairs_has_no_loss():
+    loss, metrics = bt_objective(played()[:4], [[]] * 4, tokenizer())(random_model(head="score"),
+                                                                     [0, 1], 2, 0)
+    assert loss is None and metrics.get("loss", (0,))[0] == 0
+
+
+def test_the_promise_objective_is_a_loop_with_labels_of_the_current_prm():
+    model, some, picked = random_model(head="score", scale=0.1), played()[:12], [7, 2, 5]
+    seen = []
+
+    def targets(i, M, v_0):
+        seen.append((i, M, v_0))
+        return td_gae(M, v_0, some[i].reward, 0.95, 0.95)
+
+    loss, _ = promise_progress_objective(some, targets, beta=0.5)(model, picked, 3, 0)
+    sigmoid, total = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64))), 0
+    for i, (number, M, v_0) in zip(picked, seen):
+        want = sigmoid(score(model, [some[i]])[0])
+        with torch.no_grad():
+            start = sigmoid(at_start(model, [some[i]]))[0]
+        assert number == i and v_0 == pytest.approx(start, abs=1e-5)
+        np.testing.assert_allclose(M, want, atol=1e-5)
+        q_hat, advantage = td_gae(want, start, some[i].reward, 0.95, 0.95)
+        for t, m in enumerate(want):
+            total += (m - q_hat[t]) ** 2
+            total += 0.5 * (m - want[t - 1] - advantage[t]) ** 2 if t else 0
+    assert loss.item() == pytest.approx(total / (3 * np.mean([len(t) for t in some])), rel=1e-4)
+    assert loss.requires_grad  # while the labels are constants: M was detached
+
+
+@pytest.mark.parametrize("make", ("bce", "bt", "promise"))
+def test_the_parts_of_a_batch_add_up_to_it(make):
+    """Ranks share a batch: loss, gradient and logged mean are those of the whole."""
+    model, some = random_model(head="score"), played()[:12]
+    if make == "bce":
+        objective = bce_objective(some, with_labels(some))
+    elif make == "bt":
+        objective = bt_objective(some, pairs_of(some), tokenizer())
+    else:
+        objective = promise_progress_objective(some, lambda i, M, v_0: with_labels(some)[i])
+    picked = [3, 9, 1, 6, 4]
+    whole, metrics = objective(model, picked, 5, 0)
+    parts = [objective(model, picked[:2], 5, 0), objective(model, picked[2:], 5, 0)]
+    assert float(sum(loss for loss, _ in parts)) == pytest.approx(float(whole), rel=1e-4)
+    for name, (total, n) in metrics.items():
+        gathered = [sum(float(m[name][k]) for _, m in parts) for k in (0, 1)]
+        assert gathered[0] / gathered[1] == pytest.approx(float(total) / float(n), rel=1e-4), name
+    a, b = gradient(model, [whole]), gradient(model, [loss for loss, _ in parts])
+    torch.testing.assert_close(b, a, atol=1e-4 * float(a.abs().max()), rtol=1e-3)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, batch, epochs", ((64, 16, 1), (17, 16, 5), (5, 16, 3), (100, 8, 0.3)))
+def test_every_update_gets_a_batch_and_an_epoch_sees_each_trajectory_once(n, batch, epochs,
+                                                                          monkeypatch):
+    seen, model = [], random_model(head="score")
+    monkeypatch.setattr(prms, "optimise", lambda prm, loss_of, updates, **_: [
+        loss_of(step) for step in range(updates)])
+    fit(model, n, lambda prm, picked, share, step: seen.append(list(picked)) or (share, step),
+        Fit(batch=batch, epochs=epochs), 0, None)
+    assert len(seen) == max(1, round(epochs * -(-n // batch)))
+    assert all(0 < len(picked) <= batch for picked in seen)
+    flat = sum(seen, [])
+    for k in range(0, len(flat) - n + 1, n):
+        assert sorted(flat[k:k + n]) == list(range(n))
 
 
 def first_action_decides():
-    """Each episode of the expert, and one in its place that looks around at once and is lost."""
-    trajectories = []
-    for t in (t for t in expert_trajectories() if len(t) > 2):
-        look = np.array([*tokenizer().encode("look"), END], np.int32)
+    """Pairs of episodes that differ in the first action alone: won by one, lost by the other."""
+    out, look = [], np.array([*tokenizer().encode("look"), END], np.int32)
+    for t in played():
         start, end = t.spans[0]
-        lost = copy.copy(t)
-        lost.ids, lost.spans = np.concatenate([t.ids[:start], look]), np.array([[start, start + len(look)]])
-        lost.won, lost.reward, lost.inadmissible = False, 0.0, t.inadmissible[:1]
-        trajectories += [t, lost]
-    return trajectories
+        if t.ids[start:end].tolist() == look.tolist():
+            continue
+        for action, won in ((t.ids[start:end], True), (look, False)):
+            one = copy.copy(t)
+            one.ids = np.concatenate([t.ids[:start], action])
+            one.spans = np.array([[start, start + len(action)]], np.int32)
+            one.won, one.reward, one.truncated = won, float(won), not won
+            out.append(one)
+    return out
 
 
-def fit(tmp_path, seed=0, epochs=8, **options):
-    trajectories, labels = toy()
-    model = taught().with_score_head()
-    log = train_prm(model, trajectories, fit_labels(labels, actions_of(trajectories)), tell(), epochs=epochs, lr=1e-2, batch=16, seed=seed, state=tmp_path / f"{seed}", **options)
-    return model, log
+def test_fitting_lowers_the_excess_on_trajectories_that_were_held_out(tmp_path):
+    """Of games that the PRM has not seen, it learns that looking around does not win."""
+    everything = first_action_decides()
+    held = {t.game for t in everything[-16:]}
+    train, test = ([t for t in everything if (t.game in held) == out] for out in (False, True))
+    labels, table = {}, q_table(test, tokenizer(), 0.95)
+    for name, some in (("train", train), ("test", test)):
+        labels[name] = labels_of(some, q_table(some, tokenizer(), 0.95))
+    gained = np.concatenate([returns(t, 0.95) for t in test])
+    start, pairs = taught().with_score_head(), preference_pairs(test, table, 0.03)[0]
+    model = copy.deepcopy(start)
+    log = fit(model, len(train), bce_objective(train, labels["train"]), Fit(lr=1e-2, epochs=6), 0,
+              tmp_path / "state")
+    before, after = (validation_metrics(one, test, labels["test"], gained)
+                     for one in (start, model))
+    assert before["excess_bce"] == pytest.approx(np.log(2) - before["label_entropy"], abs=1e-5)
+    assert after["excess_bce"] < 0.3 * before["excess_bce"] and after["pearson_returns"] > 0.8
+    assert log[-1]["excess"] < 0.5 * log[0]["excess"]
+    assert pair_accuracy(start, test, pairs, tokenizer()) == 0  # ties are no correct ranking
+    assert pair_accuracy(model, test, pairs, tokenizer()) > 0.9
 
 
-def test_training_drives_the_excess_loss_down_and_orders_the_actions(tmp_path):
-    model, log = fit(tmp_path)
-    assert np.median([entry["excess"] for entry in log[-5:]]) < 0.4 * log[0]["excess"]  # one entry may be of a few odd episodes
-    assert all(abs(entry["loss"] - entry["excess"]) < 1 for entry in log)
-    trajectories, labels = toy()
-    table = q_table(trajectories, tokenizer(), 0.95)
-    told = report(model, trajectories, labels, table, [])
-    assert told["pearson_returns"] > 0.6 and told["excess_bce"] < 0.15 and told["ece"] < 0.1
-    # nearer the win, the higher
-    wins = [f for f, t in zip(score(model, trajectories), trajectories) if t.won and len(t) > 4]
-    assert np.mean([f[-1] > f[0] for f in wins]) > 0.9
-
-
-def test_the_same_head_learns_the_values_of_states_from_the_tokens_before_the_action(tmp_path):
-    """Of episodes that are won by one first action and lost by another, Q knows which, and V that it is half and half."""
-    trajectories = first_action_decides()
-    table = q_table(trajectories, tokenizer(), 0.95)
-    values = state_labels(trajectories, table)
-    model = taught().with_score_head()
-    log = train_prm(model, trajectories, fit_labels(labels_of(trajectories, table), actions_of(trajectories)), tell(), epochs=8, lr=5e-3, batch=16, seed=0,
-                    state=tmp_path / "state", value=fit_labels(values, states_of(trajectories)))
-    assert log[-1]["value/excess"] < 0.4 * log[0]["value/excess"] and log[-1]["excess"] < 0.4 * log[0]["excess"]
-    q, v = ([1 / (1 + np.exp(-f[0])) for f in score(model, trajectories, places=places)] for places in (actions_of, states_of))
-    wins, losses = range(0, len(q), 2), range(1, len(q), 2)
-    between = [q[lost] < v[won] < q[won] for won, lost in zip(wins, losses) if trajectories[won].won]
-    assert np.mean(between) > 0.9
-    assert all(v[won] == pytest.approx(v[lost], abs=1e-4) for won, lost in zip(wins, losses))  # the action is not seen yet
-
-
-def test_the_seed_names_the_training(tmp_path):
-    (a, log_a), (b, log_b), (c, _) = (fit(tmp_path / str(i), seed, epochs=1) for i, seed in enumerate((1, 1, 2)))
-    weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (a, b, c)]
-    assert torch.equal(weights[0], weights[1]) and log_a == log_b and not torch.equal(weights[0], weights[2])
-
-
-def test_an_action_weighs_the_same_in_a_batch_of_short_episodes_and_in_one_of_long_ones(tmp_path):
-    trajectories, batch, losses = expert_trajectories()[:48], 4, []
-    assert min(map(len, trajectories)) < max(map(len, trajectories)) / 2
-    model = random_model(head="score")
-
-    def mean(f, picked, total):
-        losses.append(float(torch.cat(f).detach().sum() / total))
-        return torch.cat(f).sum() / total, {}
-
-    expected = np.concatenate(score(model, trajectories)).mean()
-    objective = Objective(mean, actions_of(trajectories), [len(t) for t in trajectories])
-    train_prm(model, trajectories, objective, as_it_is, epochs=1, lr=1e-12, batch=batch, seed=0, state=tmp_path / "state")
-    assert len(losses) == len(trajectories) // batch and np.mean(losses) == pytest.approx(expected, rel=1e-4)
-
-
-@torch.no_grad()
-def test_pairs_are_scored_as_separate_sequences_are(tmp_path):
-    """What `prefer` reads behind a trajectory and its branches, against one sequence for every action of a pair."""
-    model, trajectories, rng = random_model(head="score"), played()[:6], np.random.default_rng(0)
-    pairs = [[(int(k), rng.integers(6, len(tokenizer()), rng.integers(1, 6))) for k in rng.choice(len(t), n)] for t, n in zip(trajectories, (2, 0, 1, 3, 0, 5))]
-    f = lambda ids: model.scores(model(torch.as_tensor(ids, dtype=torch.long)[None]))[0, -1]
-    expected = torch.stack([bt_loss(f(t.ids[:t.spans[k, 1]]), f(np.concatenate([t.ids[:t.spans[k, 0]], other])))
-                            for t, found in zip(trajectories, pairs) for k, other in found]).mean()
-    seen = []
-    objective = prefer(trajectories, pairs)
-    loss = objective.loss
-    objective.loss = lambda *a: seen.append(loss(*a)) or (torch.zeros((), requires_grad=True), {})
-    with torch.enable_grad():
-        train_prm(model, trajectories, objective, as_it_is, epochs=1, lr=1e-9, batch=6, seed=0, state=tmp_path / "state", obs_weight=0)
-    torch.testing.assert_close(seen[0][0], expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("head", ("score", "relative"))
-def test_a_gap_is_the_difference_of_q_or_of_f_each_action_read_by_itself(head):
-    model, trajectories, look = random_model(head=head), played()[:4], np.array([*tokenizer().encode("look"), END])
-    pairs = [[(k, look) for k in range(0, len(t), 2)] for t in trajectories]
-    expected = []
-    for t, found in zip(trajectories, pairs):
-        for k, worse in found:
-            start, end = t.spans[k]
-            with torch.no_grad():
-                better, worse = (float(model.scores(model(torch.from_numpy(np.concatenate([t.ids[:start], action])[None].astype(np.int64)))[0, -1])) for action in (t.ids[start:end], worse))
-            expected.append(better - worse if head == "relative" else 1 / (1 + math.exp(-better)) - 1 / (1 + math.exp(-worse)))
-    gaps = pair_gaps(model, trajectories, pairs)
-    assert gaps == pytest.approx(expected, abs=1e-4) and max(gaps) > 0.01 and min(gaps) < -0.01
-    assert share_right(gaps) == np.mean([gap > 0 for gap in expected]) and share_right(gaps[:0]) is None
+def test_the_seed_decides_the_training(tmp_path):
+    some, runs = first_action_decides()[:24], []
+    for k, seed in enumerate((1, 1, 2)):
+        model = taught().with_score_head()
+        objective = bce_objective(some, with_labels(some))
+        runs.append((model, fit(model, 24, objective, Fit(batch=8), seed, tmp_path / str(k))))
+    (a, log_a), (b, log_b), (c, _) = runs
+    assert same(a, b) and log_a == log_b and not same(a, c)
 
 
 @pytest.mark.parametrize("kind", ("bt", "td-gae"))
-def test_other_objectives_learn_too(tmp_path, kind):
-    """Won or lost by the first action: the PRM learns which is better, by preferences or by labels of its own."""
-    trajectories = first_action_decides()
-    table = q_table(trajectories, tokenizer(), 0.95)
-    if kind == "bt":
-        pairs, told = preference_pairs(trajectories, table, 0.03)
-        assert told["pairs"] > 20
-        objective = prefer(trajectories, pairs)
-        assert share_right(pair_gaps(taught().with_score_head(), trajectories, pairs)) < 0.1 and share_right(pair_gaps(taught().with_score_head(), trajectories, [[]])) is None
-    else:
-        objective = promise_and_progress(trajectories, lambda i, M: td_gae(M, 0.0, trajectories[i].reward, 0.95, 0.95), 1.0)
+def test_the_other_objectives_learn_to_rank_too(kind, tmp_path):
+    some = first_action_decides()
+    pairs, _ = preference_pairs(some, q_table(some, tokenizer(), 0.95), 0.03)
+    objective = bt_objective(some, pairs, tokenizer()) if kind == "bt" else \
+        promise_progress_objective(some, lambda i, M, v_0: td_gae(M, v_0, some[i].reward, 1, 0.95))
     model = taught().with_score_head()
-    log = train_prm(model, trajectories, objective, tell(), epochs=4, lr=5e-3, batch=16, seed=0, state=tmp_path / "state")
-    if kind == "bt":
-        assert share_right(pair_gaps(model, trajectories, pairs)) > 0.8
-    f = score(model, trajectories)
-    assert np.mean([a[0] > b[0] for a, b, t in zip(f[0::2], f[1::2], trajectories[0::2]) if t.won]) > 0.9
-    if kind == "td-gae":
-        assert log[-1]["promise"] < 0.3 * log[0]["promise"]
-        assert abs(np.mean([1 / (1 + np.exp(-x[-1])) for x, t in zip(f, trajectories) if t.won]) - 1) < 0.25
+    fit(model, len(some), objective, Fit(lr=5e-3, epochs=3), 0, tmp_path / "state")
+    assert pair_accuracy(model, some, pairs, tokenizer()) > 0.8
 
+
+# --- validation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def test_the_loss_on_answers_is_the_mean_over_what_the_world_said():
-    model, trajectories = random_model(head="score"), played()[:5]
-    ids = pad([t.ids for t in trajectories])
-    loss = answers_loss(model, model(ids), ids, [t.spans for t in trajectories])
-    said = []
-    for t in trajectories:
-        one = torch.as_tensor(t.ids, dtype=torch.long)
-        logp = model.logits(model(one[None]))[0].log_softmax(-1)
-        mine = {place for start, end in t.spans for place in range(start, end)}
-        said += [-logp[place - 1, one[place]] for place in range(int(t.spans[0, 0]), len(one)) if place not in mine]
-    torch.testing.assert_close(loss, torch.stack(said).mean())
+def test_pair_accuracy_counts_the_pairs_that_f_ranks_as_q_hat_does():
+    model, some = random_model(head="score"), played()[:12]
+    pairs = pairs_of(some)
+    gaps = [float(gap) for t, found in zip(some, pairs) for gap in naive_gaps(model, t, found)]
+    share = np.mean([gap > 0 for gap in gaps])
+    assert 0.1 < share < 0.9 and len(gaps) > 20
+    assert pair_accuracy(model, some, pairs, tokenizer()) == pytest.approx(share)
+    assert pair_accuracy(model, some, [[]] * 12, tokenizer()) is None
 
 
-def test_every_pass_tells_other_numbers(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(prm_module, "pad", lambda ids: seen.append([tuple(i) for i in ids]) or pad(ids))
-    trajectories, labels = toy()
-    for name, telling, times in (("anew", tell(), 6), ("as it is", as_it_is, 1)):
-        seen.clear()
-        train_prm(taught().with_score_head(), trajectories[:4], fit_labels(labels[:4], actions_of(trajectories[:4])), telling, epochs=6, lr=1e-3, batch=4, seed=0,
-                  state=tmp_path / name)
-        told = Counter(ids for batch in seen for ids in batch)
-        assert len(seen) == 6 and len(told) == 4 * times
+def metrics_of(monkeypatch, q, q_hat, gained, weight=None, bins=10):
+    """validation_metrics of a PRM that says q."""
+    q = np.array(q)
+    monkeypatch.setattr(prms, "score", lambda prm, some: [np.log(q / (1 - q)).astype(np.float32)])
+    weight = np.ones(len(q)) if weight is None else np.array(weight)
+    labels = [(np.array(q_hat, np.float32), weight.astype(np.float32))]
+    return validation_metrics(None, None, labels, np.array(gained, np.float64), bins)
 
 
-# --- the report card -----------------------------------------------------------------------------------------------------------------
-
-def test_report_on_a_prm_that_knows_the_labels(monkeypatch):
-    trajectories, labels = toy()
-    table = q_table(trajectories, tokenizer(), 0.95)
-    monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.from_numpy(q), eps=1e-7)) for q, _ in labels])
-    told = report(taught().with_score_head(), trajectories, labels, table, [], bins=50)
-    assert told["excess_bce"] == pytest.approx(0, abs=1e-5) and told["pearson_q_hat"] == pytest.approx(1)
-    assert told["ece"] < 0.02 and told["mean_q"] == pytest.approx(told["mean_return"], abs=1e-5)
-    assert told["actions"] == sum(n for *_, n in told["calibration"]) == sum(map(len, trajectories))
+def test_a_prm_that_says_the_labels_has_no_excess_and_is_calibrated(monkeypatch):
+    q = np.random.default_rng(0).uniform(0.01, 0.99, 200)
+    told = metrics_of(monkeypatch, q, q, q)
+    assert told["excess_bce"] == pytest.approx(0, abs=1e-6) and told["ece"] < 1e-6
+    assert told["pearson_q_hat"] == pytest.approx(1) and told["actions"] == 200
+    assert told["mean_q"] == pytest.approx(told["mean_return"])
 
 
-def test_report_on_a_prm_that_always_says_the_same():
-    """Q = 0.7 everywhere: one bin, and the gap to the mean return is the calibration error."""
-    trajectories, labels = toy()
-    table = q_table(trajectories, tokenizer(), 0.95)
-    model = taught().with_score_head()
-    model.score.bias.data.fill_(float(torch.logit(torch.tensor(0.7))))
-    told, G = report(model, trajectories, labels, table, []), table["returns"]
-    assert told["calibration"] == [(pytest.approx(0.7), pytest.approx(G.mean()), len(G))]
-    assert told["ece"] == pytest.approx(abs(0.7 - G.mean()), abs=1e-5) and told["mean_q"] == pytest.approx(0.7)
-    assert told["pearson_returns"] is None
-    q, w = (np.concatenate(part) for part in zip(*labels))
-    assert told["bce"] == pytest.approx(-(w * (q * np.log(0.7) + (1 - q) * np.log(0.3))).sum() / w.sum(), rel=1e-4)
-    assert told["bce"] - told["label_entropy"] == pytest.approx(told["excess_bce"])
+def test_calibration_by_hand(monkeypatch):
+    """Four actions in two bins, gaps of 0.05 and 0.4."""
+    told = metrics_of(monkeypatch, [0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0, 0.4, 0.8, 0], bins=2)
+    assert told["calibration"] == [(pytest.approx(0.15), pytest.approx(0.2), 2),
+                                   (pytest.approx(0.8), pytest.approx(0.4), 2)]
+    assert told["ece"] == pytest.approx((0.05 + 0.4) / 2)
+    bce = -np.mean(np.log([0.9, 0.8, 0.7, 0.9]))
+    assert told["bce"] == pytest.approx(bce, rel=1e-5) and told["label_entropy"] == 0
+    assert told["excess_bce"] == told["bce"]
 
 
-def test_report_by_bins(monkeypatch):
-    """Two bins by hand, against returns: Q 0.1 where half is won, Q 0.9 where all is won."""
-    t = copy.copy(played()[0])
-    t.spans = t.spans[:4]
-    table = {"returns": np.array([0.0, 1.0, 1.0, 1.0])}
-    labels = [(np.array([0.2, 0.2, 0.7, 0.7], np.float32), np.ones(4, np.float32))]
-    monkeypatch.setattr(prm_module, "score", lambda *_: [np.float32(torch.logit(torch.tensor([0.1, 0.1, 0.9, 0.9])))])
-    told = report(taught().with_score_head(), [t], labels, table, [])
-    assert told["calibration"] == [(pytest.approx(0.1), 0.5, 2), (pytest.approx(0.9), 1.0, 2)]
-    assert told["ece"] == pytest.approx((0.4 * 2 + 0.1 * 2) / 4)
+def test_weights_count_in_the_loss_alone(monkeypatch):
+    told = metrics_of(monkeypatch, [0.1, 0.5], [0, 1], [0, 1], weight=[3, 1])
+    assert told["bce"] == pytest.approx(-(3 * np.log(0.9) + np.log(0.5)) / 4, rel=1e-5)
+    assert told["mean_q"] == pytest.approx(0.3)
+
+
+def test_q_of_1_falls_into_the_last_bin_and_constant_q_has_no_correlation(monkeypatch):
+    told = metrics_of(monkeypatch, [1 - 1e-9] * 4, [1, 1, 1, 0], [1, 1, 1, 0])
+    assert [n for *_, n in told["calibration"]] == [4] and told["pearson_returns"] is None
