@@ -29,7 +29,7 @@ from inverse_prm import inverse_objective
 from model import Config, Transformer
 from qestimate import (held_out_check, labels_of, preference_pairs, q_table, returns, sarsa,
                        td_gae, visit_statistics)
-from rollout import Episode, load_trajectories, play_shards
+from rollout import Episode, load_trajectories, play_shards, sample
 from run import Run, fingerprint
 from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
@@ -91,8 +91,11 @@ def prm_loss(c, i, some, hide_ends=False):
     """The objective of stage 2 on trajectories. -> objective(prm, picked, share, step)"""
     args = c.args
     if args.algo == "inverseprm":
-        learners = some + [t for j in range(1, i) for t in c.rollouts(j)]
-        return inverse_objective(c.policy(i - 1), c.steps.demonstrations(c), learners, c.by_id,
+        held = held_out(args, c.rollouts(i))  # out of what is learned from, on both sides
+        kept = lambda t: task_folder(t.game) not in held
+        learners = [t for j in range(1, i + 1) for t in c.rollouts(j) if kept(t)]
+        demos = [demo for demo in c.steps.demonstrations(c) if kept(demo[0])]
+        return inverse_objective(c.policy(i - 1), demos, learners, c.by_id,
                                  c.tokenizer, gamma=args.gamma, temperature=args.temperature,
                                  seed=key(f"inverse {args.seed} {i}"), hide_ends=hide_ends)
     if args.prm_loss == "bt":
@@ -113,7 +116,7 @@ def judge(c, i, prm):
 
     prm: Q_i, or None where there is none. None is returned where the policy loss asks for no Q.
     """
-    return dpo.prm_judge(prm, bounded=c.args.algo == "agentprm" and c.args.prm_loss != "bt")
+    return dpo.prm_judge(prm, bounded=absolute(c.args))
 
 
 def policy_loss(c, i, some):
@@ -124,6 +127,11 @@ def policy_loss(c, i, some):
 STEPS = {"games": games, "tokenizer": tokenizer, "demonstrations": demonstrations_,
          "start_states": start_states, "trajectories": trajectories, "labels": labels,
          "prm_loss": prm_loss, "start_prm": start_prm, "judge": judge, "policy_loss": policy_loss}
+
+
+def absolute(args):
+    """Is Q = σ(f) an estimate of Q̂? BT and InversePRM leave f open up to a constant per state."""
+    return args.algo == "agentprm" and args.prm_loss != "bt"
 
 
 def promise_targets(c, i, some):
@@ -149,6 +157,11 @@ class Context:
     dev: list = field(default_factory=list)
     test: dict = field(default_factory=dict)  # {split: games}
     tokenizer: object = None
+
+    @property
+    def act(self):
+        """How the policy acts: among candidates, or None: generating freely."""
+        return sample if self.args.actions == "candidates" else None
 
     @property
     def by_id(self):
@@ -179,8 +192,10 @@ def supervised(c):
         else:
             c.tokenizer = c.steps.tokenizer(c)
             torch.manual_seed(key(f"policy {args.seed}"))
-            policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, args.dim // 32,
-                                        max(1, args.dim // 64), 3 * args.dim)).to(c.device)
+            heads = args.dim // 32
+            kv_heads = heads if heads % 2 else heads // 2
+            policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads, kv_heads,
+                                        3 * args.dim)).to(c.device)
             settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
             log = train_sft(policy, c.tokenizer, c.steps.demonstrations(c), c.by_id, settings,
                             args.seed, state)
@@ -216,7 +231,7 @@ def play(c, i, name, episodes):
             for ended, won in play_shards(
                     here, c.run.path / f"iter{i - 1}/policy", c.device, workers,
                     temperature=args.temperature, max_steps=args.max_steps,
-                    seed=key(f"{name} {args.seed} {i}"), free=args.actions == "free"):
+                    seed=key(f"{name} {args.seed} {i}"), act=c.act):
                 bar.update(int(ended) - bar.n)
                 bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
         wait_for_ranks()
@@ -225,7 +240,7 @@ def play(c, i, name, episodes):
         return {"episodes": len(played), "success": float(np.mean([t.won for t in played])),
                 "mean_actions": float(np.mean([len(t) for t in played])), "q_hat_check": check}
 
-    c.run.once(f"iter{i}/{name}", make)
+    c.run.once(f"iter{i}/{name}", make, [file for file, _ in shards])
     return [t for file, _ in shards for t in load_trajectories(file)]
 
 
@@ -247,8 +262,8 @@ def train_prm(c, i, some, name="prm"):
         table = q_table(part[True], c.tokenizer, args.gamma)
         pairs, _ = preference_pairs(part[True], table, DELTA)
         gained = np.concatenate([returns(t, args.gamma) for t in part[True]])
-        return {"validation": prms.validation_metrics(prm, part[True],
-                                                      labels_of(part[True], table), gained),
+        metrics = prms.validation_metrics(prm, part[True], labels_of(part[True], table), gained)
+        return {"validation": metrics if absolute(args) else None,
                 "pair_accuracy": prms.pair_accuracy(prm, part[True], pairs, c.tokenizer),
                 "visits": visit_statistics(table), "log": log}
 
@@ -292,7 +307,7 @@ def evaluate(c, i):
             result = evaluate_policy(
                 c.policy(i), c.tokenizer, some, temperature=args.temperature, seed=args.seed,
                 episodes_per_game=DEV_EPISODES if split == "dev" else args.episodes_per_game,
-                max_steps=args.max_steps, free=args.actions == "free", name=f"π_{i} on {split}")
+                max_steps=args.max_steps, act=c.act, name=f"π_{i} on {split}")
             print(f"π_{i} wins {result['success']:.1%} of {split}", file=sys.stderr)
             return {"split": split, **result}
 
@@ -338,6 +353,7 @@ def set_up():
     """Command line, games and run directory. -> Context"""
     args, steps = parse()
     join_ranks(args.device)
+    device = pick_device(args.device)
     set_up_torch(args.threads)
     everything, _ = games_for(args.games, args.data, "train", args.n_generated)
     train, dev = split_dev(everything)
@@ -353,7 +369,7 @@ def set_up():
             print(f"no games of {split}: not evaluated", file=sys.stderr)
     prints = {split: fingerprint(some) for split, some in {"train": train, "dev": dev, **test}.items()}
     run = Run(args.out, vars(args), prints, free=("out", "threads", "device", "data", "iters"))
-    return Context(args, steps, run, pick_device(args.device), train, dev, test)
+    return Context(args, steps, run, device, train, dev, test)
 
 
 SMOKE = {"games": "generated", "n_generated": 60, "demos": 64, "iters": 1, "rollouts": 64,
@@ -389,7 +405,7 @@ def parse(argv=None):
     add("--test-splits", "valid_seen", "evaluated beside dev, separated by commas", metavar="NAMES")
     add("--episodes-per-game", 5, "episodes of each test game", type=at_least_one)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
-    add("--init", None, "start from this policy instead", type=str, metavar="DIR")
+    add("--init", None, "start from this policy instead (default: none)", type=str, metavar="DIR")
     add("--demos", 4000, "demonstrations, each seen once", type=at_least_one)
     add("--sft-lr", Sft.lr, "learning rate", type=between(1e-12, 10))
     add("--sft-batch", Sft.batch, "demonstrations an update", type=at_least_one)
