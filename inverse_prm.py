@@ -59,7 +59,7 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
             batch += [pool[generator(seed, "inverse", step, int(i), len(pool)).integers(len(pool))]
                       for i in picked]
         sequences = [t.ids for t, _, _ in batch]
-        drawn = next_actions(policy, batch, sequences)
+        drawn = next_actions(policy, batch, sequences, step)
         states, now, then, ended, expert = [], [], [], [], []
 
         def state(b, k, command):
@@ -87,7 +87,7 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
                       "reward/learner": (z[~expert].sum(), (~expert).sum())}
 
     @torch.no_grad()
-    def next_actions(policy, batch, sequences):
+    def next_actions(policy, batch, sequences, step):
         """a' ~ π(·|s') at the expert's states: {(trajectory, action number): command}."""
         asked, states = [], []
         for b, (t, trained, is_expert) in enumerate(batch):
@@ -101,7 +101,7 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
             return {}
         names = np.array([(t.episode, k) for (b, k) in asked for t in [batch[b][0]]]).T
         log_pi = score_states(policy, sequences, states, temperature)
-        picked = draw(log_pi, uniform(seed, key("next action"), *names)).tolist()
+        picked = draw(log_pi, uniform(seed, key("next action"), step, *names)).tolist()
         return {at: tree.commands[c] for at, (*_, tree), c in zip(asked, states, picked)}
 
     return objective
