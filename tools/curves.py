@@ -23,18 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo
 from candidates import expected, kl, score_states, tree_builder
 from eval import evaluate_policy, play, result_of
-from fast_alfworld import fit_prior
-from model import Config, Transformer
 from results import paired_bootstrap
 from rollout import load_trajectories, replay, rollout
 from run import Run, fingerprint
 from search import best_of_n, read_prm, tilted
-from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
-from tools.experiment import (common_flags, games_of, list_of, new_figure, one_of, parser_of, parts,
-                              percent, points, read_run, run_flags, save_figure, span, write_table)
+from tools.experiment import (games_of, list_of, new_figure, one_of, parser_of, parts, percent,
+                              points, read_run, run_flags, save_figure, span, write_table)
+from tools.sft_curve import sft
 from train import DEV_EPISODES
-from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
-                   generator, key, pick_device, save_model, set_up_torch)
+from utils import (UserError, a_seed, at_least_one, between, command_line, generator, key,
+                   set_up_torch)
 
 # --- acting by a PRM -----------------------------------------------------------------------------
 
@@ -301,7 +299,7 @@ def draw_improve(rows, path, title):
     save_figure(figure, path)
 
 
-PARTS = {"act": act, "improve": improve}
+PARTS = {"sft": sft, "act": act, "improve": improve}
 
 if __name__ == "__main__":
     command_line(lambda: parts(__doc__, PARTS, sys.argv[1:]),

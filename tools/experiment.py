@@ -42,7 +42,8 @@ def parser_of(part):
 
 def adder(parser):
     def add(flag, default, help, **options):
-        parser.add_argument(flag, default=default, help=help, **{"type": type(default), **options})
+        kind = {} if "action" in options else {"type": type(default)}
+        parser.add_argument(flag, default=default, help=help, **{**kind, **options})
 
     return add
 
