@@ -442,7 +442,7 @@ def parse(argv=None):
 def finish(parser, argv):
     """Read the command line; ablations add flags of their own and replace named steps."""
     known = sorted(f.stem for f in Path(__file__).with_name("ablations").glob("[a-z]*.py"))
-    words = [word for word in argv if word not in ("-h", "--help")]  # their flags are shown too
+    words = [w for w in argv if w.strip("-") not in ("h", "help")]  # --help shows all flags
     names = [n for n in parser.parse_known_args(words)[0].ablation.split(",") if n]
     steps, owner, checks = dict(STEPS), {}, []
     for name in names:
