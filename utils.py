@@ -41,9 +41,10 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if "(default: " in action.help or action.default in (argparse.SUPPRESS, None):
+        if "(default: " in action.help or action.default is argparse.SUPPRESS:
             return action.help
-        value = {"False": "off", "True": "on"}.get(str(action.default), action.default)
+        words = {"False": "off", "True": "on", "None": "none"}
+        value = words.get(str(action.default), action.default)
         return f"{action.help} (default: {value})"
 
     def _get_default_metavar_for_optional(self, action):
