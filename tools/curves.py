@@ -157,8 +157,8 @@ def improve(argv):
         first = {"step": 0, **{k: start[k] for k in record["log"][-1] if k in start}}
         rows.append({"method": method, "lr": lr, "seed": seed, "log": [first, *record["log"]]})
     write_table(out, groups(rows), [
-        "method", "learning rate", "seeds", "success at the start", "at the end", "spread", "lowest",
-        "highest", "KL at the end", "gain in E[Q]", "distillation loss"], improve_cells)
+        "method", "learning rate", "seeds", "success at the start", "at the end", "range",
+        "lowest", "highest", "KL at the end", "gain in E[Q]", "distillation loss"], improve_cells)
     draw_improve(rows, out / "figure.png", f"stage 3 from π_{i - 1} and Q_{i}, β = {base.beta:g}, "
                  f"at each method's best learning rate ({len(c.dev)} dev games)")
 

@@ -98,9 +98,8 @@ def read_run(folder, splits=(), device="auto", data=None):
         if known.get(split, fingerprint(games)) != fingerprint(games):
             raise UserError(f"{folder}: the run had other games of {split} ({known[split]}; now "
                             f"{fingerprint(games)}): name their folder by --data")
-    c = train.Context(args, steps, SimpleNamespace(path=folder), pick_device(device), own, dev, test)
-    c.tokenizer = read_model(folder / "iter0/policy")[1]
-    return c
+    return train.Context(args, steps, SimpleNamespace(path=folder), pick_device(device), own, dev,
+                         test, read_model(folder / "iter0/policy")[1])
 
 
 def games_of(c, split):

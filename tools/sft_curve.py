@@ -76,10 +76,10 @@ def sft(argv):
                "success": [row["success"] for row in some],
                "mean_actions": [row["mean_actions"] for row in some]}
               for (v, n), some in sorted(found.items(), key=lambda f: (f[0][0] != "plain", f[0]))]
-    write_table(out, table, ["SFT", "demonstrations", "seeds", "success on dev", "range", "actions"],
-                lambda r: [r["variant"], f"{r['demos']:,}", str(len(r["seeds"])),
-                           percent(np.mean(r["success"])), span((min(r["success"]), max(r["success"]))),
-                           f"{np.mean(r['mean_actions']):.1f}"])
+    write_table(out, table, [
+        "SFT", "demonstrations", "seeds", "success on dev", "range", "actions"], lambda r: [
+            r["variant"], f"{r['demos']:,}", str(len(r["seeds"])), percent(np.mean(r["success"])),
+            span((min(r["success"]), max(r["success"]))), f"{np.mean(r['mean_actions']):.1f}"])
     figure, (axis,) = new_figure(1, title=f"π_0 on dev ({len(dev)} games, cap {args.max_steps}, "
                                           f"temperature {args.temperature:g})")
     for variant in dict.fromkeys(r["variant"] for r in table):

@@ -1,0 +1,242 @@
+"""Does a PRM rank actions? The true Q of candidates, by brute force, against what it says.
+
+    python tools/q_ground_truth.py --run runs/default                # π_0, and Q_1
+    python tools/q_ground_truth.py --run runs/default --prm DIR,DIR  # other PRMs of its rollouts
+
+At a random state of each of --states episodes of π_{i−1} on dev, some candidates are taken: the
+most likely ones, and others at random. After each, --rollouts episodes of π_{i−1} are played: their
+mean discounted return is the true Q(s, a). An advantage is Q less its mean over the candidates,
+weighted by π. Judges are compared: log π, each PRM, and one step ahead, γ E_π[Q(s', ·)]. Columns:
+
+    Q, A       correlation with the true Q, and of advantages
+    spread     standard deviation of advantages; of the true ones, less the noise of the rollouts
+    gain       true advantage of the candidate that the judge prefers
+    ≥ 0.05 …   pairs of a state whose true Q differ by so much, and by more than two standard
+               errors: the share that the judge ranks right
+
+The rollouts stay in --out and are not played again.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from candidates import expected, score_states, tree_builder
+from fast_alfworld import AlfworldEnv
+from qestimate import pearson
+from rollout import Episode, load_trajectories, play_shards, replay, rollout
+from run import Run, fingerprint
+from search import read_prm
+from tokenizer import END
+from tools.experiment import (adder, new_figure, read_run, run_flags, save_figure, write_table)
+from utils import (Parser, UserError, a_seed, at_least_one, between, command_line, generator, key,
+                   set_up_torch)
+
+GAPS, SHARD, TRUTH = (0.05, 0.1, 0.15), 512, "true Q"
+
+# --- the truth -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_states(c, policy, args, temperature):
+    """States of π's own episodes on dev. -> [{"game", "ids", "commands": those taken, "pi"}]"""
+    episodes = [Episode(c.dev[n % len(c.dev)], n) for n in range(args.states)]
+    played = tqdm(rollout(policy, c.tokenizer, episodes, temperature=temperature,
+                          max_steps=c.args.max_steps, seed=key(f"states {args.seed}")),
+                  "states", len(episodes), unit="episode", dynamic_ncols=True)
+    out, games, tree_of = [], {game.id: game for game in c.dev}, tree_builder(c.tokenizer)
+    for t in sorted(played, key=lambda t: t.episode):
+        rng = generator(args.seed, "state", t.episode)
+        k = int(rng.integers(len(t)))
+        start, commands = int(t.spans[k, 0]), replay(t, games[t.game], c.tokenizer)[k]
+        pi = score_states(policy, [t.ids], [(0, start, tree_of(commands))], temperature)[0].exp()
+        order = pi.argsort(descending=True, stable=True).tolist()
+        rest = rng.permutation(order[args.likely:])[:args.others].tolist()
+        taken = order[:args.likely] + rest
+        out.append({"game": t.game, "ids": t.ids[:start].tolist(), "pi": pi[taken].tolist(),
+                    "commands": [commands[a] for a in taken]})
+    return out
+
+
+def after(c, game, ids, command):
+    """Take an action at the state `ids`. -> (its return if that ends the episode, else None;
+    the transcript up to the next <act>, the next candidates, actions so far)"""
+    env = AlfworldEnv(c.args.max_steps)
+    _, info = env.reset(game)
+    before = c.tokenizer.actions(ids)
+    for action in before:
+        env.step(action)
+    observation, reward, won, truncated, info = env.step(command)
+    ids = [*ids, *c.tokenizer.encode(command), END, *c.tokenizer.turn(observation)]
+    return (reward if won or truncated else None, np.array(ids, np.int32),
+            tuple(info["admissible_commands"]), len(before) + 1)
+
+
+def play_truth(c, states, args, folder, out):
+    """Adds "q" and "error" to each state: mean return of each action, and its standard error."""
+    games, N, episodes, returns = {game.id: game for game in c.dev}, args.rollouts, [], {}
+    for s, state in enumerate(states):
+        for a, command in enumerate(state["commands"]):
+            ended, begun, _, n = after(c, games[state["game"]], state["ids"], command)
+            returns[s, a] = [] if ended is None else [ended]
+            number = (s * (args.likely + args.others) + a) * N
+            episodes += [Episode(games[state["game"]], number + j, begun, n)
+                         for j in range(N) if ended is None]
+    shards = [(out / f"rollouts/{n:05d}.safetensors", episodes[first:first + SHARD])
+              for n, first in enumerate(range(0, len(episodes), SHARD))]
+    with tqdm(total=len(episodes), desc="rollouts", unit="episode", dynamic_ncols=True) as bar:
+        for ended, _ in play_shards(shards, folder, c.device, torch.get_num_threads(),
+                                    temperature=c.args.temperature, max_steps=c.args.max_steps,
+                                    seed=key(f"truth {args.seed}")):
+            bar.update(int(ended) - bar.n)
+    for file, _ in shards:
+        for t in load_trajectories(file):
+            where = divmod(t.episode // N, args.likely + args.others)
+            returns[where].append(t.reward * c.args.gamma ** len(t))
+    for s, state in enumerate(states):
+        G = [np.array(returns[s, a]) for a in range(len(state["commands"]))]
+        free = sum(len(g) - 1 for g in G)
+        variance = sum(((g - g.mean()) ** 2).sum() for g in G) / max(1, free)
+        state["q"] = [float(g.mean()) for g in G]
+        state["error"] = [float((variance / len(g)) ** 0.5) if len(g) > 1 else 0.0 for g in G]
+    return states
+
+
+# --- judges --------------------------------------------------------------------------------------
+
+def read_judge(c, folder):
+    """A PRM -> (model, whether its values of different states compare)"""
+    prm = read_prm(folder, c.tokenizer, c.device, within_state=True)
+    try:
+        return read_prm(folder, c.tokenizer, c.device), True
+    except UserError:
+        return prm, False
+
+
+@torch.no_grad()
+def judge_states(c, policy, prms, states, batch=16):
+    """What judges say of the candidates of each state -> {judge: [(A,) for each state]}
+
+    prms: {name: as from `read_judge`}
+    """
+    tree_of, games = tree_builder(c.tokenizer), {game.id: game for game in c.dev}
+    said = {"log π": [], **{name: [] for name in prms}}
+    said |= {f"one step ahead by {name}": [] for name, (_, bounded) in prms.items() if bounded}
+    for low in tqdm(range(0, len(states), batch), "judge", unit="batch", dynamic_ncols=True):
+        part = states[low:low + batch]
+        ids = [np.array(state["ids"]) for state in part]
+        here = [(b, len(x), tree_of(tuple(s["commands"])))
+                for b, (x, s) in enumerate(zip(ids, part))]
+        counts = [len(state["commands"]) for state in part]
+        next_ = [after(c, games[s["game"]], s["ids"], a) for s in part for a in s["commands"]]
+        going = [(x, tree_of(commands)) for ended, x, commands, _ in next_ if ended is None]
+        sequences, there = [x for x, _ in going], [(b, len(x), t) for b, (x, t) in enumerate(going)]
+        said["log π"] += [np.log(np.maximum(state["pi"], 1e-30)) for state in part]
+        for name, (prm, bounded) in prms.items():
+            f = score_states(prm, ids, here)
+            q = (f.sigmoid() if bounded else f).double().cpu().numpy()
+            said[name] += [row[:n] for row, n in zip(q, counts)]
+            if bounded:
+                ahead = iter(expected(score_states(policy, sequences, there, c.args.temperature),
+                                      score_states(prm, sequences, there).sigmoid()).tolist()
+                             if going else [])
+                q = [c.args.gamma * next(ahead) if ended is None else ended for ended, *_ in next_]
+                said[f"one step ahead by {name}"] += np.split(np.array(q), np.cumsum(counts)[:-1])
+    return said
+
+
+def advantages(q, pi):
+    """Q (A,) less its mean under π."""
+    return q - (pi * q).sum() / pi.sum()
+
+
+def compare(said, states):
+    """What a judge says, a list of (A,), against the truth -> dict of the columns above."""
+    pis = [np.array(s["pi"]) for s in states]
+    true, errors = ([np.array(s[k]) for s in states] for k in ("q", "error"))
+    own, A = ([advantages(q, pi) for q, pi in zip(qs, pis)] for qs in (said, true))
+    upper = lambda rows, combine=np.subtract: np.concatenate(
+        [combine.outer(x, x)[np.triu_indices(len(x), 1)] for x in rows])
+    differs, error = upper(true), np.sqrt(upper([e ** 2 for e in errors], np.add))
+    right = 0.5 + 0.5 * np.sign(upper(said)) * np.sign(differs)
+    noise = np.concatenate([e ** 2 * (1 - 2 * w) + (w ** 2 * e ** 2).sum()
+                            for e, w in zip(errors, (pi / pi.sum() for pi in pis))])
+    pairs = {}
+    for gap in GAPS:
+        far = (np.abs(differs) >= gap) & (np.abs(differs) > 2 * error)
+        pairs[gap] = int(far.sum()), float(right[far].mean()) if far.any() else None
+    best = [a[int(np.argmax(s))] for a, s in zip(A, said)]
+    own, A = np.concatenate(own), np.concatenate(A)
+    return {"q": pearson(np.concatenate(said), np.concatenate(true)), "advantage": pearson(own, A),
+            "spread": float((own ** 2).mean() ** 0.5),
+            "true_spread": float(max(0, (A ** 2 - noise).mean()) ** 0.5),
+            "gain": float(np.mean(best)), "pairs": pairs}
+
+
+# --- command line --------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    add = adder(parser)
+    run_flags(add)
+    add("--prm", None, "folders of PRMs, separated by commas (default: RUN/iterI/prm)", type=str,
+        metavar="DIR,DIR")
+    add("--states", 100, "states, each of another episode", type=at_least_one)
+    add("--likely", 3, "candidates of each state that π finds most likely", type=at_least_one)
+    add("--others", 1, "candidates of each state that are drawn from the rest",
+        type=between(1, 100, int))
+    add("--rollouts", 64, "rollouts from each", type=between(2, 10 ** 5, int))
+    add("--seed", 0, "of states and rollouts", type=a_seed)
+    add("--out", None, "results (default: RUN/truth-policyI)", type=str, metavar="DIR")
+    args = parser.parse_args()
+    set_up_torch(args.threads)
+    c, i = read_run(args.run, [], args.device, args.data), args.iteration
+    policy, folder = c.policy(i - 1), c.run.path / f"iter{i - 1}/policy"
+    folders = args.prm.split(",") if args.prm else [str(c.run.path / f"iter{i}/prm")]
+    prms = {name: read_judge(c, name) for name in folders}
+    settings = {"policy": i - 1, "gamma": c.args.gamma, "temperature": c.args.temperature,
+                "max_steps": c.args.max_steps,
+                **{k: getattr(args, k) for k in ("states", "likely", "others", "rollouts", "seed")}}
+    out = Path(args.out or c.run.path / f"truth-policy{i - 1}")
+    run = Run(out, settings, {"dev": fingerprint(c.dev)})
+    states = run.once("truth/states", lambda state: {"states": play_truth(
+        c, find_states(c, policy, args, c.args.temperature), args, folder, out)})["states"]
+    said = judge_states(c, policy, prms, states)
+    said[TRUTH] = [np.array(state["q"]) for state in states]
+    rows = [{"judge": name, **compare(values, states)} for name, values in said.items()]
+    number = lambda x: "–" if x is None else f"{x:.2f}"
+    ranked = lambda pair: "–" if pair[1] is None else f"{100 * pair[1]:.0f} %"
+    head = [f"≥ {gap} ({n} pairs)" for gap, (n, _) in rows[0]["pairs"].items()]
+    write_table(out, rows, ["judge", "Q", "A", "spread", "gain", *head], lambda r: [
+        r["judge"], number(r["q"]), number(r["advantage"]),
+        f"{r['true_spread' if r['judge'] == TRUTH else 'spread']:.3f}", f"{r['gain']:+.3f}",
+        *map(ranked, r["pairs"].values())])
+    draw(said, states, rows, out / "figure.png")
+
+
+def draw(said, states, rows, path):
+    """Q and advantages of the first PRM against the truth; ranking by gap for every judge."""
+    prm = list(said)[1]
+    figure, axes = new_figure(3, title=f"{prm}: {len(states)} states")
+    pis = [np.array(state["pi"]) for state in states]
+    apart = [[advantages(q, pi) for q, pi in zip(said[name], pis)] for name in (TRUTH, prm)]
+    for axis, (x, y), what in zip(axes, ((said[TRUTH], said[prm]), apart), ("Q", "advantage")):
+        axis.scatter(np.concatenate(x), np.concatenate(y), s=8, alpha=0.5)
+        axis.axline((0, 0), slope=1, color="gray", linestyle="--")
+        axis.set(xlabel=f"true {what}", ylabel=f"estimated {what}")
+    for row in rows[:-1]:
+        right = [np.nan if share is None else share for _, share in row["pairs"].values()]
+        axes[2].plot(GAPS, right, marker="o", label=row["judge"])
+    axes[2].axhline(0.5, color="gray", linestyle="--")
+    axes[2].set(xlabel="true difference of at least", ylabel="pairs ranked right", ylim=(0, 1))
+    axes[2].legend(fontsize="small")
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    command_line(main, "interrupted; the same command continues where it stopped")
