@@ -292,6 +292,8 @@ def sum_gradients(model):
 
 # --- one training loop for every stage, resumable after a kill -----------------------------------
 
+SAVE_EVERY = 10.0  # seconds
+
 def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, watch=None):
     """Train by AdamW for `updates` steps of loss_of(step) -> (loss, {metric: (sum, count)}). -> log
 
@@ -333,7 +335,7 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
             sums = {}
             bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:6]})
             model.train()
-        if time.monotonic() - saved > 10 or step == updates:
+        if time.monotonic() - saved > SAVE_EVERY or step == updates:
             if rank() == 0:
                 _save_state(state, model, optimizers, step, log, sums)
             saved = time.monotonic()

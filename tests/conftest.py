@@ -21,6 +21,17 @@ def data_dir():
 
 
 @pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A whole tiny run by the real command line: its folder, its output, when it began."""
+    import time
+    from tiny import TINY, train
+    folder, began = tmp_path_factory.mktemp("run") / "run", time.time()
+    done = train(folder, *TINY)
+    assert done.returncode == 0, done.stderr
+    return folder, done, began
+
+
+@pytest.fixture(scope="session")
 def some_games():
     """Sixty generated games, of all six task types."""
     pytest.importorskip("alfworld")

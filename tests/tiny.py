@@ -197,10 +197,26 @@ def same(a, b):
 
 # --- command lines -------------------------------------------------------------------------------
 
+# train.py: every stage twice, in seconds
+TINY = ("--games tiny --n-generated 40 --iters 2 --demos 48 --dim 32 --layers 2 --max-steps 8 "
+        "--rollouts 40 --rollouts-per-game 4 --prm-batch 8 --updates 3 --dpo-batch 4 "
+        "--temperature 1 --episodes-per-game 1 --threads 1").split()
+# Records name the git commit; where others commit meanwhile, two runs would differ in it.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GIT_DIR": "/nowhere"}
+
+
 def command(*words):
     """Run a command of the project. -> CompletedProcess with its texts"""
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+                          env=ENVIRONMENT, capture_output=True)
+
+
+def train(folder, *flags, program=(sys.executable,)):
+    """train.py … --out <the folder's name>, from its parent. -> CompletedProcess"""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    words = [*program, ROOT / "train.py", *flags, "--out", Path(folder).name]
+    return subprocess.run(list(map(str, words)), cwd=Path(folder).parent, text=True, timeout=300,
+                          env=ENVIRONMENT, capture_output=True)
 
 
 def in_process(main, words, monkeypatch, capsys):
