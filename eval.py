@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fast_alfworld import GAMES, AlfworldEnv, Expert, demonstrate, fit_prior, games_for, split_dev
 from fast_alfworld.reference import ReferenceEnv
 from results import explain, mean, narrate, paired_bootstrap, report, summarise
-from rollout import Episode, rollout, slots_for
+from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
@@ -48,7 +48,7 @@ def result_of(trajectories, games):
 
 def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, name="evaluate", **options):
     """Play every game `episodes_per_game` times. options: those of `rollout` (temperature,
-    max_steps, seed, slots, act, prm, free, make_env). -> `result_of`"""
+    max_steps, seed, slots, act, prm, make_env). -> `result_of`"""
     return result_of(play(lambda todo: rollout(policy, tokenizer, todo, **options),
                           games, episodes_per_game, name), games)
 
@@ -155,11 +155,10 @@ def parse():
     return parser.parse_args()
 
 
-def keep_by_expand(text):
-    """"4x8", checked"""
+def keep_by_expand(text):  # "4x8"
     parts = text.split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and 1 <= int(p) <= 1024 for p in parts):
-        raise argparse.ArgumentTypeError(f"{text}: must be KxM, two whole numbers in 1 … 1024")
+    if len(parts) != 2 or not all(p.isdecimal() and 1 <= int(p) <= 64 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be KxM, two whole numbers in 1 … 64")
     return text
 
 
@@ -213,13 +212,13 @@ def evaluation(args, games, policy, tokenizer, prm):
             train, _ = split_dev(games_for(args.games, args.data, "train", args.n_generated)[0])
             expert = Expert(fit_prior(train))
         return lambda env: evaluate_scripted(args.agent, games, expert, make_env=env, **options)
-    slots = 8 if args.engine != "fast" else slots_for(policy)
-    slots //= args.best_of if args.lookahead else int(args.beam.split("x")[0]) if args.beam else 1
-    options |= {"temperature": args.temperature, "slots": args.slots or max(1, slots)}
+    options |= {"temperature": args.temperature, "slots": args.slots}
     if args.beam:
         size = [int(n) for n in args.beam.split("x")]
         return lambda env: evaluate_beams(policy, prm, tokenizer, games, size, **options)
-    options |= acting(args, prm)
+    slots = slots_for(policy) // (args.best_of if args.lookahead else 1)
+    slots = args.slots or max(1, slots if args.engine == "fast" else min(slots, 8))
+    options |= {"slots": slots, **acting(args, prm)}
     if args.best_of_episodes > 1:
         return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games,
                                                   args.best_of_episodes, make_env=env, **options)
@@ -234,7 +233,7 @@ def acting(args, prm):
         return {"act": best_of_n(args.best_of), "prm": prm}
     if args.act_beta:
         return {"act": tilted(args.act_beta), "prm": prm}
-    return {"free": args.actions == "free"}
+    return {"act": None if args.actions == "free" else sample}
 
 
 def main():

@@ -105,7 +105,7 @@ def test_evaluate_policy_plays_rollouts():
             "episodes"} == set(result)
     assert result["games"] == 6 and result["inadmissible"] == 0.0
     free = evaluate_policy(taught(), tokenizer(), games()[-6:], temperature=1.0, max_steps=9,
-                           free=True, name="free")
+                           act=None, name="free")
     assert 0 < free["inadmissible"] < 1
 
 
@@ -247,7 +247,8 @@ def test_a_person_can_win():
 def test_help_explains_every_flag(run):
     text = run("--help").stdout
     for part in ("--act-beta X", "KxM", "(default: 0.3)", "(default: valid_seen)", "runs/default",
-                 "(default: 30)", "(default: all cores)", "200 train games", "(default: off)"):
+                 "(default: 30)", "(default: all cores)", "200 train games", "(default: off)",
+                 "(default: none)"):
         assert part in " ".join(text.split()), part
 
 
@@ -263,7 +264,7 @@ def test_help_explains_every_flag(run):
     ((*PLAY, "--prm", "{p}/prm", "--act-beta", 1, "--lookahead", 1), ("--lookahead needs",)),
     ((*PLAY, "--prm", "{p}/prm", "--act-beta", 0), ("--act-beta", "0.0001")),
     ((*PLAY, "--prm", "{p}/prm", "--beam", "3"), ("--beam", "KxM")),
-    ((*PLAY, "--prm", "{p}/prm", "--beam", "3000x3000"), ("--beam", "1024")),
+    ((*PLAY, "--prm", "{p}/prm", "--beam", "3000x3000"), ("--beam", "64")),
     ((*PLAY, "--prm", "{p}/prm", "--best-of", "9" * 20), ("--best-of", "1024")),
     ((*PLAY, "--prm", "{p}/prm", "--best-of", 2, "--temperature", 0), ("--temperature",)),
     ((*PLAY, "--prm", "{p}/prm", "--best-of", 2, "--actions", "free"), ("--actions free",)),
