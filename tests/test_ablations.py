@@ -283,7 +283,8 @@ def test_hidden_ends_drops_exactly_the_last_transitions(monkeypatch):
     given = {}
     monkeypatch.setattr(train, "inverse_objective", lambda *a, **options: given.update(options))
     c = context("hidden_ends", *INVERSE, "--demos", "1")
-    c = SimpleNamespace(**vars(c), policy=lambda i: None, by_id={})
+    monkeypatch.setattr(train, "held_out", lambda args, some: set())
+    c = SimpleNamespace(**vars(c), policy=lambda i: None, rollouts=lambda i: [], by_id={})
     c.steps.demonstrations = lambda c: []
     c.steps.prm_loss(c, 1, [])
     assert given["hide_ends"] is True
