@@ -94,13 +94,13 @@ def prm_judge(prm, bounded=True):
     return judge
 
 
-def improve(policy, reference, judge, tokenizer, trajectories, games, settings, *, seed, state,
-            loss=policy_loss, watch=None, name="policy"):
+def improve(policy, reference, judge, tokenizer, trajectories, games, settings, *, seed,
+            loss=policy_loss, **training):
     """Move the policy to the objective of stage 3 at random states of the trajectories. -> log
 
     games: {id: Game}, to replay for the candidates. judge(sequences, states) -> Q (B, C); None for
     a loss that asks no PRM. Logged at every state, exactly: kl (to the reference), distillation
-    loss, E[Q] of the policy less that of the reference, entropy.
+    loss, E[Q] of the policy less that of the reference, entropy. training: options of `optimise`.
     """
     rng, tree_of = generator(seed, "improve"), tree_builder(tokenizer)
     n, per = len(trajectories), settings.trajectories
@@ -139,5 +139,5 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
                 ("entropy", entropy(log_pi)))}
         return (losses + settings.kl * divergence).sum() / total, metrics
 
-    return optimise(policy, loss_of, settings.updates, lr=settings.lr, state=state, name=name,
-                    weight_decay=settings.weight_decay, watch=watch)
+    return optimise(policy, loss_of, settings.updates, lr=settings.lr,
+                    weight_decay=settings.weight_decay, **{"name": "policy", **training})

@@ -107,11 +107,11 @@ class Row:
 
 @torch.no_grad()
 def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=0, slots=None,
-            act=sample, prm=None, free=False, make_env=AlfworldEnv):
+            act=sample, prm=None, make_env=AlfworldEnv):
     """Yield a Trajectory for each Episode, in the order in which they end.
 
-    temperature 0 is greedy. act(Turn) -> numbers of the chosen candidates. slots: episodes in
-    flight. free: generate actions token by token, without the candidates (`act` is not asked).
+    temperature 0 is greedy. act(Turn) -> numbers of the chosen candidates; None generates the
+    actions token by token, without candidates. slots: episodes in flight.
     An episode is cut after max_steps actions or when it would outgrow the model's context.
     """
     waiting, models, turn = deque(episodes), [policy, *([prm] if prm else [])], 0
@@ -143,7 +143,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
         chains = [row.ids[n:] if row else [] for row, n in zip(rows, lengths)]
         names = np.array([(seed, key(rows[i].episode.game.id), rows[i].episode.number,
                            len(rows[i].spans)) for i in live]).T
-        if free:
+        if act is None:
             h = policy.extend(caches[0], lengths, chains)
             ends = np.cumsum([len(c) for c in chains])[live] - 1
             lengths[live] = [len(rows[i].ids) for i in live]

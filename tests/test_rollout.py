@@ -12,7 +12,7 @@ import torch
 from candidates import PrefixTree, score_states
 from fast_alfworld import NOTHING_HAPPENS, AlfworldEnv
 from rollout import (MAX_ACTION, Episode, load_trajectories, play_shards, replay, rollout,
-                     save_trajectories)
+                     sample, save_trajectories)
 from tiny import (assert_same, brute_force, by_id, demonstrations, games, play, played, prm,
                   random_model, some_states, taught, tokenizer, transcript)
 from tokenizer import END, SPECIAL, split_intro
@@ -74,7 +74,7 @@ def test_greedy_takes_the_most_likely_command(make):
 def test_a_trajectory_tells_what_happened(make, free):
     """Its actions, played again, get the answers that stand in it, and nothing else does."""
     tok, env, lost = tokenizer(), AlfworldEnv(7), 0
-    for t in play(make(), some(), temperature=1.0, max_steps=7, free=free):
+    for t in play(make(), some(), temperature=1.0, max_steps=7, act=None if free else sample):
         intro, info = env.reset(by_id()[t.game])
         ids = list(tok.prompt(*split_intro(intro)))
         for k, (start, end) in enumerate(t.spans):
@@ -246,7 +246,7 @@ def test_an_episode_goes_on_from_a_demonstration(make):
 @pytest.mark.parametrize("temperature", (0.5, 2.0))
 def test_free_actions_end_and_their_logprobs_are_those_of_an_uncached_pass(make, temperature):
     policy, lengths = make(), Counter()
-    for t in play(policy, some(), temperature=temperature, max_steps=4, free=True, slots=7):
+    for t in play(policy, some(), temperature=temperature, max_steps=4, act=None, slots=7):
         logp = next_logprobs(policy, t.ids, temperature)
         for (start, end), recorded in zip(t.spans, t.logp):
             action = t.ids[start:end]
@@ -262,7 +262,7 @@ def test_free_actions_end_and_their_logprobs_are_those_of_an_uncached_pass(make,
 
 @both_policies
 def test_greedy_free_actions_take_the_most_likely_token(make):
-    for t in play(make(), some(k=1), temperature=0, max_steps=4, free=True):
+    for t in play(make(), some(k=1), temperature=0, max_steps=4, act=None):
         best = next_logprobs(make(), t.ids, 1.0).argmax(-1).numpy()
         for start, end in t.spans:
             end -= end - start == MAX_ACTION
@@ -273,7 +273,7 @@ def test_first_tokens_of_free_actions_follow_the_distribution():
     """Chi-square of 2,000 samples."""
     game, n = games()[-1], 2000
     trajectories = play(taught(), [Episode(game, k) for k in range(n)], temperature=2.0,
-                        max_steps=1, slots=500, free=True)
+                        max_steps=1, slots=500, act=None)
     start = trajectories[0].spans[0, 0]
     p = next_logprobs(taught(), trajectories[0].ids[:start], 2.0)[-1].exp().double().numpy()
     got = np.bincount([t.ids[start] for t in trajectories], minlength=len(p))
@@ -284,7 +284,7 @@ def test_first_tokens_of_free_actions_follow_the_distribution():
 
 
 def test_a_free_episode_does_not_depend_on_its_neighbours():
-    options = dict(temperature=0.7, seed=3, max_steps=6, free=True)
+    options = dict(temperature=0.7, seed=3, max_steps=6, act=None)
     many, few = (play(taught(), some(), slots=slots, **options) for slots in (18, 2))
     assert sum(a.ids.tobytes() != b.ids.tobytes() for a, b in zip(many, few, strict=True)) <= 1
 
@@ -294,7 +294,7 @@ def test_a_free_episode_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("free", (False, True))
 def test_an_episode_that_outgrows_the_context_is_cut_as_by_the_step_cap(free):
     policy, cut = random_model(2, max_len=260), 0
-    for t in play(policy, some(2, 2), temperature=4.0, max_steps=30, free=free):
+    for t in play(policy, some(2, 2), temperature=4.0, max_steps=30, act=None if free else sample):
         assert len(t.ids) <= 260 and t.truncated != t.won
         if len(t) < 30 and not t.won:
             cut += 1
