@@ -229,7 +229,8 @@ def test_draws_by_evenly_spaced_numbers_have_exact_frequencies():
         drawn = draw(row.repeat(400, 1), u)
         assert torch.bincount(drawn, minlength=4).tolist() == want
         assert (drawn.diff() >= 0).all()
-    assert draw(log_pi, [1 - 2 ** -53] * 2).tolist() == [2, 2]  # never a candidate without mass
+    for u, want in ((0.0, [0, 2]), (1 - 2 ** -53, [2, 2])):  # never a candidate without mass
+        assert draw(log_pi, [u, u]).tolist() == want
 
 
 # --- exact quantities ----------------------------------------------------------------------------
