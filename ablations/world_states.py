@@ -26,7 +26,8 @@ def world_keys(trajectory, tokenizer, game):
     for action in tokenizer.actions(trajectory.ids):
         _, _, *state, taken = env.snapshot()  # without the game and the number of steps
         # An object that was put back is as one that was never taken.
-        states.append(key(repr((game.id, state, sorted(item for item in taken.items() if item[1])))))
+        taken = sorted(item for item in taken.items() if item[1])
+        states.append(key(repr((game.id, state, taken))))
         pairs.append(key(f"{states[-1]} {action.strip()}"))
         env.step(action)
     own = slice(-len(trajectory), None)  # without the actions of a demonstration it started from

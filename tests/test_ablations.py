@@ -330,7 +330,8 @@ def test_one_token_names_joins_names_and_numbers():
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_what_it_is_and_its_command_parses(name):
     module = importlib.import_module(f"ablations.{name}")
-    assert all(f"\n{part}" in module.__doc__ for part in ("Paper", "Changes", "Command: ", "Ours: "))
+    for part in ("Paper", "Changes", "Command: ", "Ours: "):
+        assert f"\n{part}" in module.__doc__
     command = shlex.split(re.search(r"Command: (.*?)(?:    \(|\n)", module.__doc__)[1])
     args, steps = train.parse(command[2:])
     assert name in args.ablation.split(",")
