@@ -136,6 +136,24 @@ def test_look_ahead_by_brute_force():
     assert len(seen) == 3
 
 
+@torch.no_grad()
+def test_imagined_futures_equal_generation_without_a_cache():
+    compared = []
+
+    def act(turn):
+        actions = [tree.ids[tree.paths[-1]] for tree in turn.trees]
+        depths = np.arange(len(actions)) % 3  # rows that end early disturb no others
+        for ids, history, action, depth in zip(
+                imagine(turn, turn.rows, actions, depths, 0, turn.names), turn.histories, actions,
+                depths):
+            assert [*history, *ids, END] == imagined_slowly(turn.policy, [*history, *action], depth)
+            compared.append(depth)
+        return sample(turn)
+
+    list(rollout(random_model(7), tokenizer(), EPISODES[:5], act=act, max_steps=1))
+    assert sorted(compared) == [0, 0, 1, 1, 2]
+
+
 def test_imagined_futures_have_turns_and_fit_the_context():
     policy = Transformer(replace(taught().config, max_len=520)).eval()
     policy.load_state_dict(taught().state_dict())
