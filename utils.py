@@ -315,7 +315,7 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
         loss, metrics = loss_of(step)
         if loss is not None:
             if not loss.isfinite():
-                raise UserError(f"{name}: the loss is {float(loss)} at update {step}; "
+                raise UserError(f"{name}: the loss is {loss.item()} at update {step}; "
                                 "try a smaller learning rate")
             loss.backward()
         sum_gradients(model)
