@@ -1,5 +1,7 @@
 """Results as numbers and as text: success with its interval, a table, an episode step by step."""
 
+import shutil
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from candidates import score_states, tree_builder
 from fast_alfworld import TASK_TYPES, AlfworldEnv
 from rollout import replay
 from tokenizer import split_intro
+from utils import rank, read_json, write_json
 
 SHOWN = 6  # candidates of a state that `narrate` prints
 
@@ -85,6 +88,42 @@ def report(result, against, used):
     if "gain" in r:
         gain, low, high = (100 * x for x in r["gain"])
         yield f"gain over {against}: {gain:+.1f} points ({low:+.1f} … {high:+.1f})"
+
+
+def final_table(c):
+    """Print π_0 … π_N of a run on every split; the best on dev goes to best/, all to result.json.
+
+    c: the run's Context, with its evaluations in the records of the stages eval-SPLIT.
+    """
+    if rank():
+        return
+    evals = {(i, name[5:]): r for (i, name), r in c.run.records().items()
+             if name.startswith("eval-")}
+    best = max(range(c.args.iters + 1), key=lambda i: (evals[i, "dev"]["success"], -i))
+    splits, rows = ["dev", *c.test], []
+    lines = ["π_i   " + "".join(f"{s + ' (' + str(evals[0, s]['games']) + ' games)':>26}"
+                                for s in splits) + "   gain over π_0 in points, 95 % interval"]
+    for i in range(c.args.iters + 1):
+        row = {"iteration": i, "best": i == best}
+        for s in splits:
+            row[s] = {k: v for k, v in evals[i, s].items() if k not in ("episodes", "commit")}
+            row[s]["gain"] = paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
+        rows.append(row)
+        gains = [f"{s} {100 * gap:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+                 for s in splits for gap, low, high in [row[s]["gain"]]] if i else []
+        lines.append(f"π_{i}{' *' if i == best else '  '}  " + "".join(
+            f"{row[s]['success']:14.1%}{row[s]['mean_actions']:6.1f} steps" for s in splits)
+            + "   " + ", ".join(gains))
+    for kind in ("policy", "prm"):
+        source, target = c.run.path / f"iter{best}/{kind}", c.run.path / f"best/{kind}"
+        shutil.rmtree(target, ignore_errors=True)
+        if source.exists():
+            shutil.copytree(source, target)
+    config = read_json(c.run.path / "config.json")
+    write_json(c.run.path / "best/run.json", {**config, "metrics": rows[best]})
+    write_json(c.run.path / "result.json", {"best": best, "rows": rows, **config})
+    print(f"cap {c.args.max_steps}, temperature {c.args.temperature}, actions {c.args.actions}, "
+          f"fast engine; * best on dev, in {c.run.path}/best", *lines, sep="\n")
 
 
 # --- one episode ---------------------------------------------------------------------------------

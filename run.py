@@ -14,11 +14,16 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
-from utils import (UserError, cpu_count, peak_memory, rank, read_json, wait_for_ranks, write_file,
-                   write_json)
+from fast_alfworld import DataError, fit_prior, games_for, split_dev
+from rollout import sample
+from utils import (UserError, cpu_count, peak_memory, rank, read_json, read_model, wait_for_ranks,
+                   write_file, write_json)
 
 PACKAGES = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
 
@@ -122,3 +127,56 @@ class Run:
             cost["core_seconds"] = round(cost["core_seconds"] + core_seconds, 2)
             cost["peak_mb"] = max(cost["peak_mb"], round(peak_memory() / 1e6))
             write_json(self.path / "state.json", costs)
+
+
+def load_games(args, steps):
+    """-> the train games, dev (held out of them by task folder), {test split: games}."""
+    everything, _ = games_for(args.games, args.data, "train", args.n_generated)
+    train, dev = (steps.games(args, some) for some in split_dev(everything))
+    if not train or not dev:
+        raise UserError(f"of {len(everything)} train games, {len(train)} are left to train on and "
+                        f"{len(dev)} held out as dev: both must be more than 0")
+    where = args.games if args.games != "auto" else "alfworld" if train[0].path else "generated"
+    test = {}
+    for split in filter(None, args.test_splits.split(",")):
+        try:
+            test[split], _ = games_for(where, args.data, split, max(8, args.n_generated // 20))
+        except DataError:
+            print(f"no games of {split}: not evaluated", file=sys.stderr)
+    return train, dev, test
+
+
+@dataclass
+class Context:
+    """What the stages of a run share."""
+    args: SimpleNamespace
+    steps: SimpleNamespace  # the named steps
+    run: Run
+    device: object
+    train: list = field(default_factory=list)
+    dev: list = field(default_factory=list)
+    test: dict = field(default_factory=dict)  # {split: games}
+    tokenizer: object = None
+
+    @property
+    def act(self):
+        """How the policy acts: among candidates, or None: generating freely."""
+        return sample if self.args.actions == "candidates" else None
+
+    @cached_property
+    def by_id(self):
+        return {game.id: game for game in self.train}
+
+    @cached_property
+    def prior(self):
+        return fit_prior(self.train)
+
+    @cached_property
+    def demonstrations(self):
+        return self.steps.demonstrations(self)
+
+    def policy(self, i):
+        return read_model(self.run.path / f"iter{i}/policy", self.device)[0]
+
+    def prm(self, i, name="prm"):
+        return read_model(self.run.path / f"iter{i}/{name}", self.device, "score")[0]

@@ -10,10 +10,7 @@ The same command on an existing --out continues where it stopped.
 """
 
 import importlib
-import shutil
 import sys
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,18 +20,19 @@ from tqdm import tqdm
 
 import dpo
 import prm as prms
-from eval import evaluate_policy, paired_bootstrap
-from fast_alfworld import COMPLETE, GAMES, DataError, fit_prior, games_for, split_dev, task_folder
+from eval import evaluate_policy
+from fast_alfworld import COMPLETE, GAMES, task_folder
 from inverse_prm import inverse_objective
 from model import Config, Transformer
 from qestimate import (held_out_check, labels_of, preference_pairs, q_table, returns, sarsa,
                        td_gae, visit_statistics)
-from rollout import Episode, load_trajectories, play_shards, sample
-from run import Run, fingerprint
+from results import final_table
+from rollout import Episode, load_trajectories, play_shards
+from run import Context, Run, fingerprint, load_games
 from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
-                   generator, join_ranks, key, mine, pick_device, rank, read_json, read_model,
-                   save_model, set_up_torch, wait_for_ranks, write_json)
+                   generator, join_ranks, key, mine, pick_device, read_model, save_model,
+                   set_up_torch, wait_for_ranks)
 
 DEV_EPISODES = 2  # of each dev game
 SHARD = 256  # episodes
@@ -91,10 +89,10 @@ def prm_loss(c, i, some, hide_ends=False):
     """The objective of stage 2 on trajectories. -> objective(prm, picked, share, step)"""
     args = c.args
     if args.algo == "inverseprm":
-        held = held_out(args, c.rollouts(i))  # out of what is learned from, on both sides
+        held = held_out(args, roll_out(c, i))  # out of what is learned from, on both sides
         kept = lambda t: task_folder(t.game) not in held
-        learners = [t for j in range(1, i + 1) for t in c.rollouts(j) if kept(t)]
-        demos = [demo for demo in c.steps.demonstrations(c) if kept(demo[0])]
+        learners = [t for j in range(1, i + 1) for t in roll_out(c, j) if kept(t)]
+        demos = [demo for demo in c.demonstrations if kept(demo[0])]
         return inverse_objective(c.policy(i - 1), demos, learners, c.by_id,
                                  c.tokenizer, gamma=args.gamma, temperature=args.temperature,
                                  seed=key(f"inverse {args.seed} {i}"), hide_ends=hide_ends)
@@ -146,41 +144,6 @@ def promise_targets(c, i, some):
 
 # --- the stages ----------------------------------------------------------------------------------
 
-@dataclass
-class Context:
-    """What the stages share."""
-    args: SimpleNamespace
-    steps: SimpleNamespace
-    run: Run
-    device: torch.device
-    train: list = field(default_factory=list)
-    dev: list = field(default_factory=list)
-    test: dict = field(default_factory=dict)  # {split: games}
-    tokenizer: object = None
-
-    @property
-    def act(self):
-        """How the policy acts: among candidates, or None: generating freely."""
-        return sample if self.args.actions == "candidates" else None
-
-    @property
-    def by_id(self):
-        return {game.id: game for game in self.train}
-
-    @property
-    def prior(self):
-        return fit_prior(self.train)
-
-    def policy(self, i):
-        return read_model(self.run.path / f"iter{i}/policy", self.device)[0]
-
-    def rollouts(self, i):
-        return roll_out(self, i)
-
-    def prm(self, i, name="prm"):
-        return read_model(self.run.path / f"iter{i}/{name}", self.device, "score")[0]
-
-
 def supervised(c):
     """π_0: fine-tuned on demonstrations, or the policy of --init."""
     args, folder = c.args, c.run.path / "iter0/policy"
@@ -197,7 +160,7 @@ def supervised(c):
             policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads, kv_heads,
                                         3 * args.dim)).to(c.device)
             settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
-            log = train_sft(policy, c.tokenizer, c.steps.demonstrations(c), c.by_id, settings,
+            log = train_sft(policy, c.tokenizer, c.demonstrations, c.by_id, settings,
                             args.seed, state)
         save_model(folder, policy, c.tokenizer)
         return {"parameters": policy.n_parameters(), "log": log}
@@ -314,39 +277,6 @@ def evaluate(c, i):
         c.run.once(f"iter{i}/eval-{split}", make)
 
 
-def final_table(c):
-    """Print π_0 … π_N on every split; the best on dev goes to best/, the table to result.json."""
-    if rank():
-        return
-    records, rows = c.run.records(), []
-    evals = {(i, name[5:]): r for (i, name), r in records.items() if name.startswith("eval-")}
-    best = max(range(c.args.iters + 1), key=lambda i: (evals[i, "dev"]["success"], -i))
-    splits = ["dev", *c.test]
-    lines = ["π_i   " + "".join(f"{s + ' (' + str(evals[0, s]['games']) + ' games)':>26}"
-                                for s in splits) + "   gain over π_0 in points, 95 % interval"]
-    for i in range(c.args.iters + 1):
-        row = {"iteration": i, "best": i == best}
-        for s in splits:
-            row[s] = {k: v for k, v in evals[i, s].items() if k not in ("episodes", "commit")}
-            row[s]["gain"] = paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
-        rows.append(row)
-        gains = [f"{s} {100 * gap:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
-                 for s in splits for gap, low, high in [row[s]["gain"]]] if i else []
-        lines.append(f"π_{i}{' *' if i == best else '  '}  " + "".join(
-            f"{row[s]['success']:14.1%}{row[s]['mean_actions']:6.1f} steps" for s in splits)
-            + "   " + ", ".join(gains))
-    for kind in ("policy", "prm"):
-        source, target = c.run.path / f"iter{best}/{kind}", c.run.path / f"best/{kind}"
-        shutil.rmtree(target, ignore_errors=True)
-        if source.exists():
-            shutil.copytree(source, target)
-    config = read_json(c.run.path / "config.json")
-    write_json(c.run.path / "best/run.json", {**config, "metrics": rows[best]})
-    write_json(c.run.path / "result.json", {"best": best, "rows": rows, **config})
-    print(f"cap {c.args.max_steps}, temperature {c.args.temperature}, actions {c.args.actions}, "
-          f"fast engine; * best on dev, in {c.run.path}/best", *lines, sep="\n")
-
-
 # --- set-up --------------------------------------------------------------------------------------
 
 def set_up():
@@ -355,20 +285,10 @@ def set_up():
     join_ranks(args.device)
     device = pick_device(args.device)
     set_up_torch(args.threads)
-    everything, _ = games_for(args.games, args.data, "train", args.n_generated)
-    train, dev = split_dev(everything)
-    train, dev = steps.games(args, train), steps.games(args, dev)
-    if not train or not dev:
-        raise UserError(f"{len(everything)} train games are too few to hold some out as dev")
-    where = args.games if args.games != "auto" else "alfworld" if train[0].path else "generated"
-    test = {}
-    for split in filter(None, args.test_splits.split(",")):
-        try:
-            test[split], _ = games_for(where, args.data, split, max(8, args.n_generated // 20))
-        except DataError:
-            print(f"no games of {split}: not evaluated", file=sys.stderr)
-    prints = {split: fingerprint(some) for split, some in {"train": train, "dev": dev, **test}.items()}
-    run = Run(args.out, vars(args), prints, free=("out", "threads", "device", "data", "iters"))
+    train, dev, test = load_games(args, steps)
+    games = {"train": train, "dev": dev, **test}
+    run = Run(args.out, vars(args), {split: fingerprint(some) for split, some in games.items()},
+              free=("out", "threads", "device", "data", "iters"))
     return Context(args, steps, run, device, train, dev, test)
 
 
@@ -441,20 +361,11 @@ def parse(argv=None):
 
 def finish(parser, argv):
     """Read the command line; ablations add flags of their own and replace named steps."""
-    known = sorted(f.stem for f in Path(__file__).with_name("ablations").glob("[a-z]*.py"))
     words = [w for w in argv if w.strip("-") not in ("h", "help")]  # --help shows all flags
     names = [n for n in parser.parse_known_args(words)[0].ablation.split(",") if n]
-    steps, owner, checks = dict(STEPS), {}, []
-    for name in names:
-        if name not in known:
-            raise UserError(f"--ablation {name}: must be among {', '.join(known)}")
-        module = importlib.import_module(f"ablations.{name}")
-        getattr(module, "flags", lambda parser: None)(parser)
-        checks.append(getattr(module, "check", lambda args: None))
-        for step in STEPS.keys() & vars(module).keys():
-            if step in owner:
-                raise UserError(f"--ablation {owner[step]},{name}: both replace the step {step}")
-            steps[step], owner[step] = getattr(module, step), name
+    steps, checks = dict(STEPS), []
+    if names:
+        steps, checks = importlib.import_module("ablations").load(names, parser, steps)
     if "--smoke" in argv:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args(argv)

@@ -5,7 +5,29 @@ flags(parser) adds flags, check(args) refuses settings under which the ablation 
 `python -m ablations --help` runs many of them and prints a table.
 """
 
+import importlib
+from pathlib import Path
+
 from utils import UserError
+
+
+def load(names, parser, steps):
+    """Add the flags of ablations to the parser and replace steps {name: function}.
+
+    -> the steps, and the ablations' checks of the flags
+    """
+    known, owner, checks = sorted(f.stem for f in Path(__file__).parent.glob("[a-z]*.py")), {}, []
+    for name in names:
+        if name not in known:
+            raise UserError(f"--ablation {name}: must be among {', '.join(known)}")
+        module = importlib.import_module(f"ablations.{name}")
+        getattr(module, "flags", lambda parser: None)(parser)
+        checks.append(getattr(module, "check", lambda args: None))
+        for step in steps.keys() & vars(module).keys():
+            if step in owner:
+                raise UserError(f"--ablation {owner[step]},{name}: both replace the step {step}")
+            steps[step], owner[step] = getattr(module, step), name
+    return steps, checks
 
 
 def needs_labels(args, name):

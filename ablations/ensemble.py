@@ -32,6 +32,6 @@ def judge(c, i, prm):
     """Train the further PRMs, and let all of them judge. -> judge(sequences, states)"""
     prms = [prm]
     for n in range(2, c.args.ensemble + 1):
-        train.train_prm(c, i, c.rollouts(i), f"prm{n}")
+        train.train_prm(c, i, train.roll_out(c, i), f"prm{n}")
         prms.append(c.prm(i, f"prm{n}"))
     return together([train.judge(c, i, one) for one in prms], c.args.ensemble_by)

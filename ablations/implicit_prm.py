@@ -65,7 +65,8 @@ def implicit_prm(c, i):
     args, folder = c.args, c.run.path / f"iter{i}/implicit"
 
     def make(state):
-        theta, reference, some, games = c.policy(i - 1), c.policy(i - 1), c.rollouts(i), c.by_id
+        theta, reference, games = c.policy(i - 1), c.policy(i - 1), c.by_id
+        some = train.roll_out(c, i)
         held = train.held_out(args, some)
         part = {out: [t for t in some if (task_folder(t.game) in held) == out]
                 for out in (False, True)}

@@ -22,7 +22,7 @@ def flags(parser):
 
 def start_states(c, i, episodes):
     """Replace a share of the episodes. -> [Episode]"""
-    demos = [t for t, _ in c.steps.demonstrations(c)]
+    demos = [t for t, _ in c.demonstrations]
     games, rng, out = c.by_id, generator(c.args.seed, "reset", i), list(episodes)
     for n in rng.choice(len(out), round(c.args.reset_share * len(out)), replace=False).tolist():
         t = demos[rng.integers(len(demos))]

@@ -75,7 +75,7 @@ def reference_value(c):
                 raise UserError(f"--reference {args.reference}: another vocabulary than this run's")
             some = [t for file in shards(args.reference) for t in load_trajectories(file)]
         else:
-            some = c.rollouts(1)
+            some = train.roll_out(c, 1)
         held = train.held_out(args, some)
         some = [t for t in some if task_folder(t.game) not in held]
         labels = state_labels(some, q_table(some, c.tokenizer, args.gamma))

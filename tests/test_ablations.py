@@ -24,6 +24,7 @@ from inverse_prm import transitions
 from prm import score
 from qestimate import history_keys, q_table, returns
 from rollout import Episode
+from run import Context
 from sft import as_trajectory
 from tiny import (ROOT, brute_force, by_id, games, in_process, play, played, random_model, read,
                   some_states, taught, tokenizer)
@@ -37,7 +38,7 @@ INVERSE = ("--algo", "inverseprm")
 def context(name, *flags):
     """A Context with the games and the tokenizer of tiny.py."""
     args, steps = train.parse(["--ablation", name, "--max-steps", "10", *flags])
-    return train.Context(args, steps, None, torch.device("cpu"), games(), tokenizer=tokenizer())
+    return Context(args, steps, None, torch.device("cpu"), games(), tokenizer=tokenizer())
 
 
 def episodes(each=2):
@@ -284,8 +285,8 @@ def test_hidden_ends_drops_exactly_the_last_transitions(monkeypatch):
     monkeypatch.setattr(train, "inverse_objective", lambda *a, **options: given.update(options))
     c = context("hidden_ends", *INVERSE, "--demos", "1")
     monkeypatch.setattr(train, "held_out", lambda args, some: set())
-    c = SimpleNamespace(**vars(c), policy=lambda i: None, rollouts=lambda i: [], by_id={})
-    c.steps.demonstrations = lambda c: []
+    monkeypatch.setattr(train, "roll_out", lambda c, i: [])
+    c = SimpleNamespace(**vars(c), policy=lambda i: None, demonstrations=[], by_id={})
     c.steps.prm_loss(c, 1, [])
     assert given["hide_ends"] is True
     train.prm_loss(c, 1, [])

@@ -4,11 +4,9 @@ import argparse
 import math
 from inspect import cleandoc
 from pathlib import Path
-from types import SimpleNamespace
 
 import train
-from fast_alfworld import games_for, split_dev
-from run import fingerprint
+from run import Context, Run, fingerprint, load_games
 from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
                    write_json)
 
@@ -73,33 +71,38 @@ def parts(doc, commands, argv):
 
 # --- runs ----------------------------------------------------------------------------------------
 
-def read_run(folder, splits=(), device="auto", data=None):
-    """A run directory -> train.Context: flags, named steps, games of train, dev and these splits.
-
-    UserError where there is no run, or where its games are not those it was trained on.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
+def open_run(folder):
+    """A run directory of train.py, to be read only. -> Run, its config.json"""
+    run = object.__new__(Run)
+    run.path = Path(folder)
+    if not (run.path / "config.json").exists():
         raise UserError(f"{folder}: no run of train.py there (config.json is missing)")
-    config = read_json(folder / "config.json")
-    try:
-        args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
-        vars(args).update(config["flags"])
-        known = dict(config["games"])
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{folder}: not a run of this program ({error!r})") from None
-    data = data or args.data
-    everything, _ = games_for(args.games, data, "train", args.n_generated)
-    own, dev = (steps.games(args, some) for some in split_dev(everything))
-    where = args.games if args.games != "auto" else "alfworld" if own[0].path else "generated"
-    test = {s: games_for(where, data, s, max(8, args.n_generated // 20))[0]
-            for s in splits if s != "dev"}
+    config = read_json(run.path / "config.json")
+    if not isinstance(config, dict) or "ablation" not in config.get("flags", {}):
+        raise UserError(f"{folder}: not a run of this program")
+    return run, config
+
+
+def read_run(folder, splits=(), device="auto", data=None):
+    """A run directory -> Context, with the games of train, dev and these splits.
+
+    UserError where its games are not those it was trained on.
+    """
+    run, config = open_run(folder)
+    args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
+    vars(args).update(config["flags"])
+    args.data, args.test_splits = data or args.data, ",".join(s for s in splits if s != "dev")
+    own, dev, test = load_games(args, steps)
+    for split in splits:
+        if split not in ("dev", *test):
+            raise UserError(f"--split {split}: no such games")
     for split, games in {"train": own, "dev": dev, **test}.items():
-        if known.get(split, fingerprint(games)) != fingerprint(games):
-            raise UserError(f"{folder}: the run had other games of {split} ({known[split]}; now "
-                            f"{fingerprint(games)}): name their folder by --data")
-    return train.Context(args, steps, SimpleNamespace(path=folder), pick_device(device), own, dev,
-                         test, read_model(folder / "iter0/policy")[1])
+        known, now = config["games"].get(split), fingerprint(games)
+        if known not in (None, now):
+            raise UserError(f"{folder}: the run had other games of {split} ({known}; now {now}): "
+                            "name their folder by --data")
+    return Context(args, steps, run, pick_device(device), own, dev, test,
+                   read_model(run.path / "iter0/policy")[1])
 
 
 def games_of(c, split):
