@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from candidates import score_states, tree_builder
 from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
-from rollout import Trajectory, replay
+from model import Config
+from rollout import MAX_ACTION, Trajectory, replay
 from tokenizer import ACT, END, Tokenizer, split_intro
 from utils import generator, mine, optimise, pad
 
@@ -62,21 +63,28 @@ def demonstrations(games, prior, demos, tokenizer):
     return out
 
 
-def as_trajectory(game, demo, tokenizer, seed, number):
-    """A Demonstration as a rollout would be stored -> (Trajectory, trained (T,) bool)."""
+def as_trajectory(game, demo, tokenizer, seed, number, context=Config.max_len):
+    """A Demonstration as a rollout would be stored -> (Trajectory, trained (T,) bool).
+
+    Like a rollout it is cut where it would outgrow the model's context.
+    """
     ids, spans = list(tokenizer.prompt(*split_intro(demo.observation))), []
     for step in demo.steps:
         action = (*tokenizer.encode(step.action), END)
+        if len(ids) + max(len(action), MAX_ACTION) > context:
+            break
         spans.append((len(ids), len(ids) + len(action)))
         ids += [*action, *tokenizer.turn(step.observation)]
     ids, T = np.array(ids[:spans[-1][1]], np.int32), len(spans)
+    won = demo.won and T == len(demo.steps)
     trajectory = Trajectory(
         game.id, ids, np.array(spans, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
-        np.zeros(T, np.float32), float(demo.won), demo.won, not demo.won, seed, number)
+        np.zeros(T, np.float32), float(won), won, not won, seed, number)
     candidates = replay(trajectory, game, tokenizer)
-    trajectory.choice[:] = [c.index(s.action) if s.action in c else -1 for c, s in zip(candidates, demo.steps)]
+    trajectory.choice[:] = [c.index(step.action) if step.action in c else -1
+                            for c, step in zip(candidates, demo.steps)]
     trajectory.n_candidates[:] = [len(c) for c in candidates]
-    return trajectory, np.array([step.trained for step in demo.steps])
+    return trajectory, np.array([step.trained for step in demo.steps[:T]])
 
 
 def token_weights(trajectory, trained, obs_weight):

@@ -49,6 +49,20 @@ def test_a_demonstration_is_stored_as_a_rollout_of_the_same_actions():
     assert mistakes > 10
 
 
+def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
+    demo = demonstrate(AlfworldEnv(), games()[0], Expert(PRIOR), generator(0), mistakes=1.0)
+    whole, _ = as_trajectory(games()[0], demo, tokenizer(), 0, 0)
+    t, trained = as_trajectory(games()[0], demo, tokenizer(), 0, 0, context=300)
+    T = len(t)
+    assert 1 < T == len(trained) < len(whole) == 30 and 220 < len(t.ids) <= 300
+    assert t.truncated and not t.won and np.array_equal(t.spans, whole.spans[:T])
+    assert np.array_equal(t.ids, whole.ids[:t.spans[-1, 1]])
+    assert np.array_equal(t.choice, whole.choice[:T]) and (t.n_candidates > 0).all()
+    for kind in ("tokens", "candidates"):  # what is left fits a model of that context
+        train_sft(random_model(max_len=300), tokenizer(), [(t, ~trained)], by_id(),
+                  Sft(loss=kind), 0, tmp_path / kind)
+
+
 def test_demonstrations_are_reproducible_and_independent_of_how_many_are_asked_for():
     many, few, other = demos(30, mistakes=0.2), demos(7, mistakes=0.2), demos(7, 1, mistakes=0.2)
     for (a, trained_a), (b, trained_b) in zip(many, few):
