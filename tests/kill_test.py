@@ -102,7 +102,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed, flags = Path(folder, "whole/run"), Path(folder, "killed/run"), ["--smoke"]
+        whole, killed = Path(folder, "whole/run"), Path(folder, "killed/run")
+        flags = ["--smoke", "--threads", "1"]
         began = time.time()
         duration = finish(whole, flags)
         plan = moments(whole, began, args.kills, random.Random(args.seed))
