@@ -9,11 +9,11 @@ A ratio above 1 says that this repository is that many times better. Times are C
 thread, so that what else runs on the machine matters little; compare ratios between machines.
 """
 
+import argparse
 import gc
 import statistics
 import sys
 import tempfile
-import tracemalloc
 from pathlib import Path
 from time import process_time
 
@@ -27,7 +27,7 @@ from fast_alfworld.reference import ReferenceEnv
 from run import provenance
 from tools.bench_models import bench_dpo, bench_prm, bench_rollout, load_policy
 from tools.experiment import adder
-from utils import Parser, command_line, generator, set_up_torch, write_json
+from utils import Parser, command_line, generator, read_model, set_up_torch, write_json
 
 PER_TYPE = 2  # games of each task type that alfworld's engine plays
 
@@ -43,13 +43,10 @@ def bench_env(files):
     games = [Game.load(path) for path in chosen]
     load, start, step = stock_times(games)
     yield row("env.step", "us", cold_step(games), step, "alfworld")
-    yield row("env.step_warm", "us", warm_step(games), step, "alfworld; one episode repeated")
     resets = median(lambda: [reset(AlfworldEnv(), game) for game in games]) / len(games)
     yield row("env.reset", "us", resets, start, "alfworld")
     loads = median(lambda: [Game.load(path) for path in chosen]) / len(games)
     yield row("env.load", "us", loads, load, "alfworld")
-    yield row("env.memory_per_game", "KB", memory(Game.load, files[::10][:100]) / 1e3,
-              memory(stock_loaded, chosen[:3]) / 1e3, "alfworld")
 
 
 def reset(world, game):
@@ -73,19 +70,6 @@ def cold_step(games):
     return median(play_each, 50) / sum(len(game.walkthrough) for game in games)
 
 
-def warm_step(games):
-    """Seconds a step, reset included, of the same episode again and again."""
-    world, total = AlfworldEnv(), 0.0
-    for game in games:
-        def again():
-            for _ in range(50):
-                reset(world, game)
-                walk(world, game)
-
-        total += median(again) / 50
-    return total / sum(len(game.walkthrough) for game in games)
-
-
 def stock_times(games):
     """-> mean seconds of alfworld's engine for a load, a reset and a step"""
     world, load, start, step = ReferenceEnv(), 0, 0, 0
@@ -98,23 +82,6 @@ def stock_times(games):
         walk(world, game)
         step += process_time() - now
     return load / len(games), start / len(games), step / sum(len(g.walkthrough) for g in games)
-
-
-def stock_loaded(path):
-    world = ReferenceEnv()
-    world.load(Game.load(path))
-    return world
-
-
-def memory(load, paths):
-    """Bytes of Python objects that a loaded game keeps."""
-    kept = [load(paths[0])]  # what all games share
-    tracemalloc.start()
-    kept += [load(path) for path in paths[1:]]
-    gc.collect()
-    size = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    return size / (len(paths) - 1)
 
 
 # --- what all parts share ------------------------------------------------------------------------
@@ -151,7 +118,8 @@ PARTS = {"env": None, "rollout": bench_rollout, "prm": bench_prm, "dpo": bench_d
 def main():
     parser = Parser(__doc__, "%(prog)s PART [flags]")
     add = adder(parser)
-    parser.add_argument("part", choices=PARTS, help="what to measure: " + ", ".join(PARTS))
+    parser.add_argument("part", choices=PARTS, help="what to measure",
+                        default=argparse.SUPPRESS)
     add("--policy", "checkpoints/policy", "folder of a policy, for all parts but env; where this "
         "default does not open, a random one", metavar="DIR")
     add("--episodes", 384, "episodes of ours that are timed in rollout; a sixteenth as many games",
@@ -163,6 +131,9 @@ def main():
     add("--json", None, "write the rows there too", type=str, metavar="FILE")
     args = parser.parse_args()
     set_up_torch(1)
+    default = parser.get_default("policy")
+    if args.policy != default:
+        read_model(args.policy)  # a mistake is reported before any work
     gc.collect()
     gc.freeze()  # what was imported is no part of what is measured
     rows, where = [], provenance()
@@ -175,8 +146,8 @@ def main():
         else:
             order = generator("bench").permutation(len(files))[:max(64, args.episodes // 16)]
             games = [Game.load(files[i]) for i in order]
-            found = PARTS[args.part](row, *load_policy(args.policy, games, made,
-                                     parser.get_default("policy")), games, args)
+            policy = load_policy(args.policy, games, made, default)
+            found = PARTS[args.part](row, *policy, games, args)
         for r in found:
             rows.append(r)
             print(f"{r['what']:22}{r['unit']:>5}{r['ours']:12,.2f}{r['other']:14,.2f}"

@@ -6,6 +6,7 @@ from inspect import cleandoc
 from pathlib import Path
 
 import train
+from fast_alfworld import games_for
 from run import Context, Run, fingerprint, load_games
 from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
                    write_json)
@@ -64,7 +65,8 @@ def parts(doc, commands, argv):
     """Run commands[part](flags), the part being the first word of the command line."""
     if len(argv) < 1 or argv[0] not in commands:
         parser = Parser(doc, "%(prog)s PART [flags]     (PART --help shows the flags)")
-        parser.add_argument("part", choices=commands, help="what to do")
+        parser.add_argument("part", choices=commands, help="what to do",
+                            default=argparse.SUPPRESS)
         parser.parse_args(argv)
     commands[argv[0]](argv[1:])
 
@@ -91,11 +93,11 @@ def read_run(folder, splits=(), device="auto", data=None):
     run, config = open_run(folder)
     args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
     vars(args).update(config["flags"])
-    args.data, args.test_splits = data or args.data, ",".join(s for s in splits if s != "dev")
-    own, dev, test = load_games(args, steps)
-    for split in splits:
-        if split not in ("dev", *test):
-            raise UserError(f"--split {split}: no such games")
+    args.data, args.test_splits = data or args.data, ""
+    own, dev, _ = load_games(args, steps)
+    where = args.games if args.games != "auto" else "alfworld" if own[0].path else "generated"
+    test = {split: games_for(where, args.data, split, max(8, args.n_generated // 20))[0]
+            for split in splits if split != "dev"}
     for split, games in {"train": own, "dev": dev, **test}.items():
         known, now = config["games"].get(split), fingerprint(games)
         if known not in (None, now):

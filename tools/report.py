@@ -6,6 +6,7 @@
 The figures lie beside the page as PNG, and in it. An unfinished run is reported as far as it got.
 """
 
+import argparse
 import base64
 import sys
 from html import escape
@@ -148,7 +149,8 @@ def play_episodes(args, best):
 def main():
     parser = Parser(__doc__, "%(prog)s RUN [flags]")
     add = adder(parser)
-    parser.add_argument("run", metavar="RUN", help="a run directory of train.py")
+    parser.add_argument("run", metavar="RUN", default=argparse.SUPPRESS,
+                        help="a run directory of train.py")
     add("--episodes", 12, "episodes of the best policy on dev", type=between(0, 1000, int))
     add("--split", "dev", "whose games they are: dev, valid_seen or valid_unseen")
     add("--seed", 0, "of the episodes", type=a_seed)
