@@ -13,6 +13,7 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from results import paired_bootstrap
 from rollout import load_trajectories, replay, rollout
 from run import Run, fingerprint
 from search import best_of_n, read_prm, tilted
-from tools.experiment import (games_of, list_of, new_figure, one_of, parser_of, parts, percent,
-                              points, read_run, run_flags, save_figure, span, write_table)
+from tools.experiment import (list_of, new_figure, parser_of, percent, points, read_run,
+                              run_flags, run_part, save_figure, span, write_table)
 from tools.sft_curve import sft
 from train import DEV_EPISODES
 from utils import (UserError, a_seed, at_least_one, between, command_line, generator, key,
@@ -54,8 +55,8 @@ def act(argv):
     add("--out", None, "results (default: RUN/curves/act-SPLIT-…)", type=str, metavar="DIR")
     args = parser.parse_args(argv)
     set_up_torch(args.threads)
-    c, i = read_run(args.run, [args.split], args.device, args.data), args.iteration
-    k, games = i - 1 if args.policy is None else args.policy, games_of(c, args.split)
+    (c, games), i = read_run(args.run, args.split, args.device, args.data), args.iteration
+    k = i - 1 if args.policy is None else args.policy
     seed = c.args.seed if args.seed is None else args.seed
     policy = c.policy(k)
     prm = read_prm(c.run.path / f"iter{i}/prm", c.tokenizer, c.device, within_state=True)
@@ -84,13 +85,13 @@ def act(argv):
         for x in values:
             rows.append(row(kind, x))
             rows[-1]["gain"] = paired_bootstrap(plain["episodes"], rows[-1]["episodes"])
+    shown = lambda x: "∞" if x is None else f"{x:g}"
     write_table(out, rows, ["acting by", "success", "95 % interval", f"gain over π_{k}, points",
-                            "actions", "episodes"],
-                lambda r: [f"{KINDS[r['kind']][0]}, {KINDS[r['kind']][1]} = {shown(r['x'])}",
-                           percent(r["success"]), span(r["interval"]), points(r["gain"]),
-                           f"{r['mean_actions']:.1f}", str(len(r["episodes"]))])
-    title = f"π_{k} with Q_{i} on {args.split}, {len(games)} games, cap {c.args.max_steps}"
-    figure, axes = new_figure(2, title=title)
+                            "actions"], lambda r: [
+        f"{KINDS[r['kind']][0]}, {KINDS[r['kind']][1]} = {shown(r['x'])}", percent(r["success"]),
+        span(r["interval"]), points(r["gain"]), f"{r['mean_actions']:.1f}"])
+    figure, axes = new_figure(2, title=f"π_{k} with Q_{i} on {args.split}, {len(games)} games, cap "
+                                       f"{c.args.max_steps}")
     for axis, kind in zip(axes, KINDS):
         own = [r for r in rows if r["kind"] == kind]
         at, y = range(len(own)), np.array([r["success"] for r in own])
@@ -101,10 +102,6 @@ def act(argv):
         axis.set(title=KINDS[kind][0], xlabel=KINDS[kind][1], ylabel="success")
         axis.legend()
     save_figure(figure, out / "figure.png")
-
-
-def shown(x):
-    return "∞" if x is None else f"{x:g}"
 
 
 # --- the losses of stage 3 -----------------------------------------------------------------------
@@ -124,7 +121,7 @@ def improve(argv):
     parser, add = parser_of(improve)
     run_flags(add)
     add("--methods", "exact,dpo-hard,dpo-hard-kl,dpo-soft", "any of " + ", ".join(METHODS),
-        type=list_of(one_of(*METHODS)))
+        type=list_of(str))
     add("--lrs", "1e-5,3e-5,1e-4,3e-4,1e-3", "learning rates", type=list_of(between(1e-12, 10)))
     add("--seeds", "0", "seeds of stage 3", type=list_of(a_seed))
     add("--beta", None, "weight of the KL in the objective (default: the run's)",
@@ -139,7 +136,9 @@ def improve(argv):
     add("--out", None, "results (default: RUN/curves/improve-I)", type=str, metavar="DIR")
     args = parser.parse_args(argv)
     set_up_torch(args.threads)
-    c, i = read_run(args.run, [], args.device, args.data), args.iteration
+    if wrong := set(args.methods) - METHODS.keys():
+        raise UserError(f"--methods {wrong.pop()}: must be among {', '.join(METHODS)}")
+    (c, _), i = read_run(args.run, "dev", args.device, args.data), args.iteration
     base = dpo.Improve(beta=args.beta or c.args.beta, updates=args.updates or c.args.updates,
                        trajectories=args.batch or c.args.dpo_batch, states=args.states,
                        temperature=c.args.dpo_temperature)
@@ -150,8 +149,7 @@ def improve(argv):
               {"train": fingerprint(c.train), "dev": fingerprint(c.dev)})
     stage = Stage(c, i, base, args)
     start, rows = run.once("rows/start", stage.before), []
-    todo = [(method, lr, seed) for seed in args.seeds for lr in args.lrs for method in args.methods]
-    for method, lr, seed in todo:
+    for seed, lr, method in product(args.seeds, args.lrs, args.methods):
         record = run.once(f"rows/{method}-{lr:g}-{seed}",
                           lambda state: stage.train(method, lr, seed, state))
         first = {"step": 0, **{k: start[k] for k in record["log"][-1] if k in start}}
@@ -254,18 +252,15 @@ PANELS = {"success": "success on dev", "dev_kl": "KL(π ‖ π_{i−1}), nats",
 
 def groups(rows):
     """Rows of single trainings -> for each method and learning rate {"method", "lr", "seeds",
-    panel: (points, seeds)}, where all seeds were measured"""
+    "steps": {panel: updates}, panel: (seeds, points)}"""
     found = defaultdict(list)
     for row in rows:
         found[row["method"], row["lr"]].append(row)
-    out = []
-    for (method, lr), some in sorted(found.items()):
-        curves = {panel: [[e[panel] for e in row["log"] if panel in e] for row in some]
-                  for panel in PANELS}
-        steps = {panel: [e["step"] for e in some[0]["log"] if panel in e] for panel in PANELS}
-        out.append({"method": method, "lr": lr, "seeds": [row["seed"] for row in some],
-                    "steps": steps, **curves})
-    return out
+    take = lambda row, key, panel: [e[key] for e in row["log"] if panel in e]
+    return [{"method": method, "lr": lr, "seeds": [row["seed"] for row in some],
+             "steps": {panel: take(some[0], "step", panel) for panel in PANELS},
+             **{panel: [take(row, panel, panel) for row in some] for panel in PANELS}}
+            for (method, lr), some in sorted(found.items())]
 
 
 def improve_cells(g):
@@ -302,5 +297,5 @@ def draw_improve(rows, path, title):
 PARTS = {"sft": sft, "act": act, "improve": improve}
 
 if __name__ == "__main__":
-    command_line(lambda: parts(__doc__, PARTS, sys.argv[1:]),
+    command_line(lambda: run_part(__doc__, PARTS, sys.argv[1:]),
                  "interrupted; the same command continues where it stopped")

@@ -1,4 +1,4 @@
-"""What the tools share: the games and models of a run, flags that are lists, tables, figures."""
+"""What the tools share: flags, the games and models of a run, tables, figures."""
 
 import argparse
 import math
@@ -23,23 +23,8 @@ def list_of(kind):
     return values
 
 
-def one_of(*names):
-    """The type of a flag, or of an element of `list_of`, that is one of these texts."""
-    def name(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text}: must be among {', '.join(names)}")
-        return text
-
-    return name
-
-
-def parser_of(part):
-    """The function of a part -> its Parser, add(flag, default, help, …) with the default's type."""
-    parser = Parser(cleandoc(part.__doc__), f"%(prog)s {part.__name__} [flags]")
-    return parser, adder(parser)
-
-
 def adder(parser):
+    """-> add(flag, default, help, …), which takes the type from the default"""
     def add(flag, default, help, **options):
         kind = {} if "action" in options else {"type": type(default)}
         parser.add_argument(flag, default=default, help=help, **{**kind, **options})
@@ -47,8 +32,14 @@ def adder(parser):
     return add
 
 
+def parser_of(part):
+    """The function of a part -> its Parser, `adder` of it"""
+    parser = Parser(cleandoc(part.__doc__), f"%(prog)s {part.__name__} [flags]")
+    return parser, adder(parser)
+
+
 def run_flags(add):
-    """The flags that all tools have which work on a run."""
+    """The flags of all tools that work on a run."""
     add("--run", "runs/default", "a run directory of train.py", metavar="DIR")
     add("--iteration", 1, "whose Q_i; π_{i−1} is the policy it was trained on", type=at_least_one)
     common_flags(add)
@@ -61,9 +52,9 @@ def common_flags(add):
     add("--device", "auto", "auto, cpu or cuda")
 
 
-def parts(doc, commands, argv):
+def run_part(doc, commands, argv):
     """Run commands[part](flags), the part being the first word of the command line."""
-    if len(argv) < 1 or argv[0] not in commands:
+    if not argv or argv[0] not in commands:
         parser = Parser(doc, "%(prog)s PART [flags]     (PART --help shows the flags)")
         parser.add_argument("part", choices=commands, help="what to do",
                             default=argparse.SUPPRESS)
@@ -85,8 +76,8 @@ def open_run(folder):
     return run, config
 
 
-def read_run(folder, splits=(), device="auto", data=None):
-    """A run directory -> Context, with the games of train, dev and these splits.
+def read_run(folder, split="dev", device="auto", data=None):
+    """A run directory -> Context with the games of train and dev, the games of this split.
 
     UserError where its games are not those it was trained on.
     """
@@ -96,19 +87,15 @@ def read_run(folder, splits=(), device="auto", data=None):
     args.data, args.test_splits = data or args.data, ""
     own, dev, _ = load_games(args, steps)
     where = args.games if args.games != "auto" else "alfworld" if own[0].path else "generated"
-    test = {split: games_for(where, args.data, split, max(8, args.n_generated // 20))[0]
-            for split in splits if split != "dev"}
-    for split, games in {"train": own, "dev": dev, **test}.items():
-        known, now = config["games"].get(split), fingerprint(games)
+    chosen = dev if split == "dev" else games_for(where, args.data, split,
+                                                  max(8, args.n_generated // 20))[0]
+    for name, games in {"train": own, "dev": dev, split: chosen}.items():
+        known, now = config["games"].get(name), fingerprint(games)
         if known not in (None, now):
-            raise UserError(f"{folder}: the run had other games of {split} ({known}; now {now}): "
+            raise UserError(f"{folder}: the run had other games of {name} ({known}; now {now}): "
                             "name their folder by --data")
-    return Context(args, steps, run, pick_device(device), own, dev, test,
-                   read_model(run.path / "iter0/policy")[1])
-
-
-def games_of(c, split):
-    return c.dev if split == "dev" else c.test[split]
+    tokenizer = read_model(run.path / "iter0/policy")[1]
+    return Context(args, steps, run, pick_device(device), own, dev, {}, tokenizer), chosen
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -143,24 +130,20 @@ def points(gain):
 def new_figure(panels, columns=None, title=None):
     """-> matplotlib figure, list of its axes"""
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("figures need matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     columns = columns or panels
     lines = math.ceil(panels / columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.8 * lines),
-                                   squeeze=False, layout="constrained")
-    if title:
-        figure.suptitle(title)
-    for axis in axes.flat:
+    figure = Figure((5.2 * columns, 3.8 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or "")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes:
         axis.grid(alpha=0.3)
-    return figure, list(axes.flat)
+    return figure, axes
 
 
 def save_figure(figure, path):
-    from matplotlib import pyplot
     write_file(path, lambda p: figure.savefig(p, format=Path(path).suffix[1:], dpi=150))
-    pyplot.close(figure)
-

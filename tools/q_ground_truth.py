@@ -33,7 +33,7 @@ from rollout import Episode, load_trajectories, play_shards, replay, rollout
 from run import Run, fingerprint
 from search import read_prm
 from tokenizer import END
-from tools.experiment import (adder, new_figure, read_run, run_flags, save_figure, write_table)
+from tools.experiment import adder, read_run, run_flags, write_table
 from utils import (Parser, UserError, a_seed, at_least_one, between, command_line, generator, key,
                    set_up_torch)
 
@@ -195,7 +195,7 @@ def main():
     add("--out", None, "results (default: RUN/truth-policyI)", type=str, metavar="DIR")
     args = parser.parse_args()
     set_up_torch(args.threads)
-    c, i = read_run(args.run, [], args.device, args.data), args.iteration
+    (c, _), i = read_run(args.run, "dev", args.device, args.data), args.iteration
     policy, folder = c.policy(i - 1), c.run.path / f"iter{i - 1}/policy"
     folders = args.prm.split(",") if args.prm else [str(c.run.path / f"iter{i}/prm")]
     prms = {name: read_judge(c, name) for name in folders}
@@ -216,26 +216,6 @@ def main():
         r["judge"], number(r["q"]), number(r["advantage"]),
         f"{r['true_spread' if r['judge'] == TRUTH else 'spread']:.3f}", f"{r['gain']:+.3f}",
         *map(ranked, r["pairs"].values())])
-    draw(said, states, rows, out / "figure.png")
-
-
-def draw(said, states, rows, path):
-    """Q and advantages of the first PRM against the truth; ranking by gap for every judge."""
-    prm = list(said)[1]
-    figure, axes = new_figure(3, title=f"{prm}: {len(states)} states")
-    pis = [np.array(state["pi"]) for state in states]
-    apart = [[advantages(q, pi) for q, pi in zip(said[name], pis)] for name in (TRUTH, prm)]
-    for axis, (x, y), what in zip(axes, ((said[TRUTH], said[prm]), apart), ("Q", "advantage")):
-        axis.scatter(np.concatenate(x), np.concatenate(y), s=8, alpha=0.5)
-        axis.axline((0, 0), slope=1, color="gray", linestyle="--")
-        axis.set(xlabel=f"true {what}", ylabel=f"estimated {what}")
-    for row in rows[:-1]:
-        right = [np.nan if share is None else share for _, share in row["pairs"].values()]
-        axes[2].plot(GAPS, right, marker="o", label=row["judge"])
-    axes[2].axhline(0.5, color="gray", linestyle="--")
-    axes[2].set(xlabel="true difference of at least", ylabel="pairs ranked right", ylim=(0, 1))
-    axes[2].legend(fontsize="small")
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
     python tools/report.py runs/default                 # -> runs/default/report/index.html
     python tools/report.py runs/default --episodes 0    # without episodes: no model, no games
 
-The figures lie beside the page as PNG, and in it. An unfinished run is reported as far as it got.
+The figures lie beside the page as PNG. An unfinished run is reported as far as it got.
 """
 
 import argparse
-import base64
 import sys
 from html import escape
 from pathlib import Path
@@ -19,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import play
 from results import explain, paired_bootstrap
 from rollout import Episode, rollout
-from tools.experiment import (adder, common_flags, games_of, new_figure, open_run, percent, points,
-                              read_run, save_figure, span)
+from tools.experiment import (adder, common_flags, new_figure, open_run, percent, points, read_run,
+                              save_figure, span)
 from utils import (Parser, UserError, a_seed, between, command_line, generator, set_up_torch,
                    write_file)
 
@@ -78,10 +77,8 @@ def draw_stage_3(stages):
 def draw_time(costs):
     """Minutes of each stage, over all sittings."""
     figure, (axis,) = new_figure(1)
-    names, minutes = list(costs), [cost["seconds"] / 60 for cost in costs.values()]
-    axis.barh(names[::-1], minutes[::-1])
-    axis.set(xlabel="minutes", title=f"{sum(minutes):.1f} minutes in all")
-    axis.tick_params(axis="y", labelsize="small")
+    axis.barh(list(costs)[::-1], [cost["seconds"] / 60 for cost in costs.values()][::-1])
+    axis.set(xlabel="minutes")
     return figure
 
 
@@ -132,8 +129,7 @@ def episode_html(episode):
 
 def play_episodes(args, best):
     """Episodes of π_best, explained with the PRM of its iteration. -> [dict]"""
-    c = read_run(args.run, [args.split], args.device, args.data)
-    games = games_of(c, args.split)
+    c, games = read_run(args.run, args.split, args.device, args.data)
     order = generator(args.seed, "report").permutation(len(games))[:args.episodes]
     chosen = {games[g].id: games[g] for g in order}
     policy = c.policy(best)
@@ -175,8 +171,7 @@ def main():
     images = []
     for name, figure in figures.items():
         save_figure(figure, out / f"{name}.png")
-        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        images.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+        images.append(f'<h2>{name}</h2><img alt="{name}" src="{name}.png">')
     episodes = play_episodes(args, best) if args.episodes else []
     flags, title = config["flags"], escape(run.path.resolve().name)
     about = (f"Cap {flags['max_steps']}, temperature {flags['temperature']}, actions "
