@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from fast_alfworld import GAMES, AlfworldEnv, Expert, demonstrate, fit_prior, games_for, split_dev
 from fast_alfworld.reference import ReferenceEnv
-from results import explain, mean, narrate, paired_bootstrap, report, summarise
+from results import (explain, mean, narrate, paired_bootstrap, report, result_of,
+                     summarise)
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
@@ -36,14 +37,6 @@ def play(player, games, episodes_per_game, name):
     todo = [Episode(game, k) for game in games for k in range(episodes_per_game)]
     return list(tqdm(player(todo), name, len(todo), unit="episode", dynamic_ncols=True,
                      disable=name == "human"))
-
-
-def result_of(trajectories, games):
-    """`summarise`, the share of inadmissible actions, and the episodes in order."""
-    done = sorted(trajectories, key=lambda t: (t.game, t.episode))
-    episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
-    return {**summarise(episodes, games), "episodes": episodes,
-            "inadmissible": mean(number < 0 for t in done for number in t.choice)}
 
 
 def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, name="evaluate", **options):

@@ -32,6 +32,14 @@ def summarise(episodes, games):
     return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
 
 
+def result_of(trajectories, games):
+    """`summarise`, the share of inadmissible actions, and the episodes in order."""
+    done = sorted(trajectories, key=lambda t: (t.game, t.episode))
+    episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
+    return {**summarise(episodes, games), "episodes": episodes,
+            "inadmissible": mean(number < 0 for t in done for number in t.choice)}
+
+
 def mean(values):
     return float(np.mean(list(values)))
 

@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 import dpo
 import prm as prms
-from eval import evaluate_policy
 from fast_alfworld import COMPLETE, GAMES, task_folder
 from inverse_prm import inverse_objective
 from model import Config, Transformer
 from qestimate import (held_out_check, labels_of, preference_pairs, q_table, returns, sarsa,
                        td_gae, visit_statistics)
-from results import final_table
+from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
 from run import Context, Run, fingerprint, load_games
 from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
@@ -178,30 +177,37 @@ def roll_out(c, i):
         lap, place = divmod(g, len(order))
         episodes += [Episode(c.train[order[place]], lap * each + k) for k in range(each)]
     episodes = c.steps.start_states(c, i, episodes[:args.rollouts])
-    return c.steps.trajectories(c, i, play(c, i, "rollouts", episodes))
+
+    def summary(played):
+        return {"episodes": len(played), "success": float(np.mean([t.won for t in played])),
+                "mean_actions": float(np.mean([len(t) for t in played])),
+                "q_hat_check": held_out_check(played, c.tokenizer, args.gamma)}
+
+    return c.steps.trajectories(c, i, play(
+        c, i, "rollouts", episodes, i - 1, key(f"rollouts {args.seed} {i}"), summary))
 
 
-def play(c, i, name, episodes):
-    """Play episodes with π_{i−1}, in shards under iter<i>/<name>. -> [Trajectory]"""
+def play(c, i, name, episodes, policy, seed, summary):
+    """Play episodes with π_policy, in shards under iter<i>/<name>. -> [Trajectory]
+
+    summary(trajectories) -> {…}: the record of this stage.
+    """
     args = c.args
     shards = [(c.run.path / f"iter{i}/{name}/{n:05d}.safetensors", episodes[k:k + SHARD])
               for n, k in enumerate(range(0, len(episodes), SHARD))]
 
     def make(state):
         here, workers = mine(shards), torch.get_num_threads() if c.device.type == "cpu" else 8
-        with tqdm(total=sum(len(some) for _, some in here), desc=f"{name} {i}", unit="episode",
-                  dynamic_ncols=True) as bar:
+        with tqdm(total=sum(len(some) for _, some in here), desc=f"π_{policy}: {name}",
+                  unit="episode", dynamic_ncols=True) as bar:
             for ended, won in play_shards(
-                    here, c.run.path / f"iter{i - 1}/policy", c.device, workers,
+                    here, c.run.path / f"iter{policy}/policy", c.device, workers, act=c.act,
                     temperature=args.temperature, max_steps=args.max_steps,
-                    seed=key(f"{name} {args.seed} {i}"), act=c.act):
+                    seed=seed):
                 bar.update(int(ended) - bar.n)
                 bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
         wait_for_ranks()
-        played = [t for file, _ in shards for t in load_trajectories(file)]
-        check = held_out_check(played, c.tokenizer, args.gamma)
-        return {"episodes": len(played), "success": float(np.mean([t.won for t in played])),
-                "mean_actions": float(np.mean([len(t) for t in played])), "q_hat_check": check}
+        return summary([t for file, _ in shards for t in load_trajectories(file)])
 
     c.run.once(f"iter{i}/{name}", make, [file for file, _ in shards])
     return [t for file, _ in shards for t in load_trajectories(file)]
@@ -263,18 +269,12 @@ def improve_policy(c, i, some):
 
 
 def evaluate(c, i):
-    """Success of π_i on dev and on the test splits."""
-    args = c.args
+    """Success of π_i on dev and on the test splits, as `eval.py --seed` plays it."""
     for split, some in {"dev": c.dev, **c.test}.items():
-        def make(state):
-            result = evaluate_policy(
-                c.policy(i), c.tokenizer, some, temperature=args.temperature, seed=args.seed,
-                episodes_per_game=DEV_EPISODES if split == "dev" else args.episodes_per_game,
-                max_steps=args.max_steps, act=c.act, name=f"π_{i} on {split}")
-            print(f"π_{i} wins {result['success']:.1%} of {split}", file=sys.stderr)
-            return {"split": split, **result}
-
-        c.run.once(f"iter{i}/eval-{split}", make)
+        each = DEV_EPISODES if split == "dev" else c.args.episodes_per_game
+        episodes = [Episode(game, k) for game in some for k in range(each)]
+        play(c, i, f"eval-{split}", episodes, i, c.args.seed,
+             lambda played: {"split": split, **result_of(played, some)})
 
 
 # --- set-up --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import train
 from ablations import needs_labels
 from qestimate import returns
 from rollout import Episode
-from utils import between
+from utils import between, key
 
 
 def flags(parser):
@@ -50,5 +50,7 @@ def labels(c, i, some):
     games, K = c.by_id, c.args.forks
     episodes = [Episode(games[some[n].game], number, some[n].ids[:some[n].spans[k + 1, 0]], k + 1)
                 for number, (n, k) in enumerate(forks_of(some, K))]
-    forks = sorted(train.play(c, i, "forks", episodes), key=lambda t: t.episode)
+    forks = sorted(train.play(
+        c, i, "forks", episodes, i - 1, key(f"forks {c.args.seed} {i}"),
+        lambda played: {"episodes": len(played)}), key=lambda t: t.episode)
     return forked(some, forks, K, c.args.gamma)

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dpo
 from candidates import expected, kl, score_states, tree_builder
-from eval import evaluate_policy, play, result_of
+from eval import evaluate_policy, play
+from results import result_of
 from results import paired_bootstrap
 from rollout import load_trajectories, replay, rollout
 from run import Run, fingerprint
