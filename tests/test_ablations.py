@@ -169,7 +169,7 @@ def test_states_of_the_world_unify_histories_that_meet_again():
 def test_forks_are_brute_force_means(monkeypatch):
     c, asked = context("forks", "--forks", "3", "--gamma", "0.9"), []
 
-    def in_this_process(c, i, name, episodes):
+    def in_this_process(c, i, name, episodes, *rest):
         asked.extend(episodes)
         return play(taught(), episodes, temperature=1.5, max_steps=15, seed=7)[::-1]
 
