@@ -24,7 +24,7 @@ from utils import generator, read_model, save_model
 
 FLAGS = ("--games tiny --n-generated 40 --iters 1 --max-steps 12 --temperature 1 --updates 4 "
          "--rollouts 48 --rollouts-per-game 4 --dpo-batch 4 --test-splits valid_seen "
-         "--episodes-per-game 1 --threads 1").split()
+         "--episodes-per-game 1 --dpo-lr 5e-4 --threads 1").split()
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,9 @@ def test_stage_3_starts_at_the_policy_and_stays_there_without_a_step(made, monke
             assert g["dev_kl"][0][-1] > 1e-4
     log = read(out / "rows/exact-0.0005-0.json")["log"]
     assert log[-1]["train_distillation"] < log[0]["train_distillation"]
+    own = read(folder / "iter1/dpo.json")["log"]  # the run's settings repeat the run's training
+    assert [{k: e[k] for k in own[0]} for e in log] == own
+    assert log[-1]["success"] == read(folder / "iter1/eval-dev.json")["success"]
     assert read(out / "rows/start.json")["train_kl"] == pytest.approx(0, abs=1e-6)
     stage = curves.Stage
     monkeypatch.setattr(stage, "train", None)  # finished trainings are not repeated

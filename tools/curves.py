@@ -6,7 +6,8 @@
 
 Each writes to its --out: rows/ (a file a row, episodes included), rows.json, table.md and
 figure.png. The same command continues where it stopped; processes with different --seeds,
---methods, --lrs or --demos may share an --out. Choices are made on dev.
+--methods, --lrs or --demos may share an --out, and a last one with all of them collects the rows.
+The policy, the games and the random numbers are those of the run; choices are made on dev.
 """
 
 import math
