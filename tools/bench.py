@@ -132,7 +132,7 @@ def main():
     args = parser.parse_args()
     set_up_torch(1)
     default = parser.get_default("policy")
-    if args.policy != default:
+    if args.part != "env" and args.policy != default:
         read_model(args.policy)  # a mistake is reported before any work
     gc.collect()
     gc.freeze()  # what was imported is no part of what is measured
