@@ -92,8 +92,8 @@ def bt_objective(trajectories, pairs, tokenizer):
         for b, i in enumerate(picked):
             t = trajectories[i]
             for k, worse in pairs[i]:
-                commands = [tokenizer.decode(ids) for ids in (t.ids[slice(*t.spans[k])], worse)]
-                states.append((b, int(t.spans[k, 0]), PrefixTree(tuple(commands), tokenizer.encode)))
+                pair = tuple(tokenizer.decode(ids) for ids in (t.ids[slice(*t.spans[k])], worse))
+                states.append((b, int(t.spans[k, 0]), PrefixTree(pair, tokenizer.encode)))
         part = len(picked) / share
         if not states:
             return None, {"loss": (0, part)}

@@ -341,7 +341,7 @@ def test_the_seed_decides_the_training(tmp_path):
 
 
 def test_the_parts_of_ranks_add_up_to_the_update(tmp_path, monkeypatch):
-    """Two ranks: each has a part of the trajectories, the same samples, and the sum of gradients."""
+    """Two ranks: parts of the trajectories, the same samples, gradients that add up."""
     monkeypatch.setattr(dpo, "optimise", lambda policy, loss_of, *a, **k: loss_of(2))
 
     def update(part):

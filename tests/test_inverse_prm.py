@@ -1,4 +1,4 @@
-"""InversePRM: transitions, the loss by a naive loop, re-sampled next actions, a rule-based expert."""
+"""InversePRM: transitions, the loss as a naive loop, re-sampled next actions, a toy domain."""
 
 from dataclasses import replace
 

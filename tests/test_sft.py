@@ -1,4 +1,4 @@
-"""SFT: what carries loss, the loss over candidates, every demonstration once, and that it learns."""
+"""SFT: what carries loss, the loss over candidates, every demonstration once, and learning."""
 
 import numpy as np
 import pytest

@@ -17,8 +17,9 @@ from candidates import PrefixTree
 from fast_alfworld import generated_split, split_dev, task_folder
 from qestimate import labels_of, q_table
 from rollout import load_trajectories, save_trajectories
-from tiny import TINY, assert_refused, command, in_process, read, same, taught, tokenizer
-from utils import UserError, read_model, save_model, write_json
+from tiny import (TINY, assert_refused, command, in_process, random_model, read, same, taught,
+                  tokenizer)
+from utils import UserError, optimise, read_model, save_model, write_json
 
 
 @pytest.fixture
@@ -316,6 +317,14 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_names_it(tmp_path, monkeyp
     assert done.returncode == 2 and "error: SFT: the loss is nan" in done.stderr
     assert not (tmp_path / "run/iter0/sft.json").exists()
     assert not (tmp_path / "run/iter0/policy").exists()
+
+
+def test_weights_that_are_no_numbers_after_the_last_update_are_noticed(tmp_path):
+    """A loss of 0 whose gradient is infinite: no later loss would show it."""
+    model = random_model()
+    root = lambda step: ((model.model["norm"].weight * 0).sum().sqrt(), {})
+    with pytest.raises(UserError, match="NAME: the weights are not all finite"):
+        optimise(model, root, 1, lr=0.1, state=tmp_path / "state", name="NAME")
 
 
 # --- flags ---------------------------------------------------------------------------------------
