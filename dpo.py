@@ -17,8 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from candidates import draw, entropy, expected, kl, score_states, tilt, tree_builder
+from optim import optimise
 from rollout import replay
-from utils import generator, key, mine, optimise, uniform
+from utils import generator, key, mine, uniform
 
 # --- losses, pure functions of tensors -----------------------------------------------------------
 

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from candidates import PrefixTree, score_states
+from optim import optimise
 from qestimate import pearson
-from utils import generator, mine, optimise, pad
+from utils import generator, mine, pad
 
 # --- losses, pure functions of tensors -----------------------------------------------------------
 

@@ -29,7 +29,7 @@ from model import Cache
 from tokenizer import ACT, END, SPECIAL, split_intro
 from utils import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
 
-MAX_ACTION = 16  # tokens of a freely generated action; the longest command has fewer
+MAX_ACTION = 32  # tokens of a freely generated action; the longest command has fewer
 
 
 @dataclass
@@ -121,17 +121,12 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
     rows, lengths, prompts = [None] * slots, np.zeros(slots, np.int64), {}
     tree_of, context = tree_builder(tokenizer), policy.config.max_len
     while waiting or any(rows):
-        started = []
-        for i in range(len(rows)):
-            if rows[i] is None and waiting:
-                rows[i] = begin(make_env(max_steps), tokenizer, waiting.popleft(), context)
-                lengths[i] = 0
-                started.append(i)
-        fill_prompts(models, caches, rows, lengths, started, prompts)
+        started = [i for i, row in enumerate(rows) if row is None][:len(waiting)]
         for i in started:
-            left[rows[i].episode.prompt] -= 1
-            if not left[rows[i].episode.prompt]:
-                prompts.pop(rows[i].episode.prompt, None)
+            rows[i] = begin(make_env(max_steps), tokenizer, waiting.popleft(), context)
+        fill_prompts(models, caches, rows, lengths, started, prompts)
+        left.subtract(rows[i].episode.prompt for i in started)
+        prompts = {name: saved for name, saved in prompts.items() if left[name]}
         live = np.array([i for i, row in enumerate(rows) if row])
         turn += 1
         if 2 * len(live) <= len(rows) or turn % 32 == 0:  # neighbours get similar lengths
@@ -197,8 +192,7 @@ def step(row, tokenizer, context, seed, command, ids, choice, logp):
     observation, reward, won, truncated, info = row.env.step(command)
     answer = tokenizer.turn(observation)
     row.commands = tuple(info["admissible_commands"])
-    room = context - len(row.ids) - len(answer)  # an upper bound of the tree's size is needed
-    truncated = truncated or not won and room < 4 * len(row.commands) + MAX_ACTION
+    truncated = truncated or not won and len(row.ids) + len(answer) + MAX_ACTION > context
     if won or truncated:
         whole = [np.array(x, np.int32) for x in (row.ids, row.spans, row.choice, row.counts)]
         return Trajectory(row.episode.game.id, *whole, np.array(row.logp, np.float32),

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from candidates import score_states, tree_builder
 from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
 from model import Config
+from optim import optimise
 from rollout import MAX_ACTION, Trajectory, replay
 from tokenizer import ACT, END, Tokenizer, split_intro
-from utils import generator, mine, optimise, pad
+from utils import generator, mine, pad
 
 
 @dataclass

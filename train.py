@@ -294,7 +294,7 @@ def set_up():
 
 SMOKE = {"games": "generated", "n_generated": 60, "demos": 64, "iters": 1, "rollouts": 64,
          "rollouts_per_game": 4, "updates": 6, "max_steps": 10, "episodes_per_game": 1, "dim": 64,
-         "layers": 2, "out": "runs/smoke"}
+         "layers": 2, "threads": 1, "out": "runs/smoke"}
 
 
 def parse(argv=None):

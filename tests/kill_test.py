@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAIN = "import utils, train; utils.SAVE_EVERY = 0.5; utils.command_line(train.main)"
+TRAIN = "import optim, utils, train; optim.SAVE_EVERY = 0.5; utils.command_line(train.main)"
 # Both runs have the same command line, --out included, and no git commit.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GIT_DIR": "/nowhere"}
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import optim
 import utils
 from fast_alfworld import DataError
+from optim import optimise
 from run import Run
 from tiny import ROOT, random_model, same, tokenizer
-from utils import (Parser, UserError, between, command_line, generator, key, optimise, pad,
+from utils import (Parser, UserError, between, command_line, generator, key, pad,
                    pick_device, read_json, read_model, save_model, uniform, write_file, write_json)
 
 
@@ -179,7 +181,7 @@ def train_toy(state, stop_at=(), steps=STEPS):
 def save_always(monkeypatch):
     """As if twenty seconds passed between any two looks at the clock: every step is saved."""
     clock = iter(range(0, 10 ** 9, 20))
-    monkeypatch.setattr(utils, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
 
 def test_training_killed_anywhere_equals_undisturbed_training(tmp_path, save_always):
@@ -197,7 +199,7 @@ def test_training_killed_between_two_saves_repeats_some_steps_and_ends_the_same(
         tmp_path, monkeypatch):
     whole, log, _ = train_toy(tmp_path / "whole")
     clock = iter(range(0, 10 ** 9))  # a second a step: saved every eleventh
-    monkeypatch.setattr(utils, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(optim, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     again, log_again, calls = train_toy(tmp_path / "stopped", (8, 17, 22))
     assert same(whole, again) and log == log_again
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "stopped").read_bytes()
@@ -333,6 +335,7 @@ TWO_RANKS = """
 import sys, torch
 from pathlib import Path
 from tiny import random_model, tokenizer
+from optim import optimise
 from run import Run
 from utils import *
 out = Path(sys.argv[1])

@@ -203,7 +203,7 @@ class Stage:
         settings = replace(self.base, how=how, labels=rest[0] if rest else "hard", lr=lr,
                            kl=self.args.kl if "kl" in rest else 0.0)
         policy, done = self.c.policy(self.i - 1), [0]
-        stretch = -(-settings.updates // 20)  # as in utils.optimise
+        stretch = -(-settings.updates // 20)  # as in optim.optimise
         marks = {round(n * settings.updates / self.args.evaluations / stretch)
                  for n in range(1, self.args.evaluations + 1)}
 

@@ -1,0 +1,112 @@
+"""One training loop for every stage, resumable after a kill, and its optimisers."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from utils import UserError, all_gather, rank, sum_gradients, write_file
+
+SAVE_EVERY = 10.0  # seconds
+
+
+def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, watch=None):
+    """Train for `updates` steps of loss_of(step) -> (loss, {metric: (sum, count)}). -> log
+
+    The learning rate rises over the first 5 % of the updates, then falls linearly to 0. The loss
+    must depend on the step and the weights alone: then a run that was killed and continued from the
+    file `state` equals an undisturbed one. The log holds means of the metrics over about 20
+    stretches, each with what watch() -> {metric: value} says at its end. Of several ranks each
+    returns its part of the loss. UserError where the loss is no finite number.
+    """
+    optimizers = optimizers_of(model, lr, weight_decay)
+    step, log, sums = _load_state(state, model, optimizers)
+    saved, stretch = time.monotonic(), max(1, -(-updates // 20))
+    model.train()
+    bar = tqdm(total=updates, initial=step, desc=name, unit="update", dynamic_ncols=True)
+    while step < updates:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = lr * min((step + 1) / max(1, 0.05 * updates), 1 - step / updates)
+        model.zero_grad(set_to_none=True)
+        loss, metrics = loss_of(step)
+        if loss is not None:
+            if not loss.isfinite():
+                raise UserError(f"{name}: the loss is {loss.item()} at update {step}; "
+                                "try a smaller learning rate")
+            loss.backward()
+        sum_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        for metric, (total, n) in metrics.items():
+            before = sums.get(metric, (0.0, 0.0))
+            sums[metric] = before[0] + float(total), before[1] + float(n)
+        bar.update()
+        if step % stretch == 0 or step == updates:
+            gathered = all_gather(sums)
+            means = {m: sum(s.get(m, (0, 0))[0] for s in gathered) / n for m in sums
+                     if (n := sum(s.get(m, (0, 0))[1] for s in gathered))}
+            log.append({"step": step, **means, **(watch() if watch else {})})
+            sums = {}
+            bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:6]})
+            model.train()
+        if time.monotonic() - saved > SAVE_EVERY or step == updates:
+            if rank() == 0:
+                _save_state(state, model, optimizers, step, log, sums)
+            saved = time.monotonic()
+    bar.close()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{name}: the weights are not all finite numbers after update {step}; "
+                        "try a smaller learning rate")
+    model.eval()
+    return log
+
+
+def optimizers_of(model, lr, weight_decay):
+    """Muon for the matrices inside the layers, AdamW for the rest, at one learning rate.
+
+    Muon's updates are scaled to the size of AdamW's. In-context copying, the bottleneck of SFT
+    here, is learned in a fraction of the updates that AdamW alone needs (docs/results.md).
+    """
+    inner = {p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
+    rest = [p for p in model.parameters() if p not in inner]
+    matrices = [p for p in model.parameters() if p in inner]
+    options = {"lr": lr, "weight_decay": weight_decay}
+    muon = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)] if inner else []
+    return [*muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **options)]
+
+
+def _save_state(path, model, optimizers, step, log, sums):
+    tensors = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for optimizer in optimizers:
+            for kind, value in optimizer.state.get(p, {}).items():
+                tensors[f"{kind} {name}"] = value.contiguous()
+    progress = {"progress": json.dumps({"step": step, "log": log, "sums": sums})}
+    write_file(path, lambda p: save_file(tensors, str(p), metadata=progress))
+
+
+def _load_state(path, model, optimizers):
+    """-> (step, log, sums) of an interrupted training, its weights and moments loaded."""
+    if not Path(path).exists():
+        return 0, [], {}
+    try:
+        with safe_open(str(path), "pt") as f, torch.no_grad():
+            stored = {}
+            for full in f.keys():
+                kind, name = full.split(" ", 1)
+                stored.setdefault(name, {})[kind] = f.get_tensor(full)
+            progress = json.loads(f.metadata()["progress"])
+            owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+            for name, p in model.named_parameters():
+                p.copy_(stored[name].pop("weight"))
+                if stored[name]:
+                    owner[p].state[p] = {k: v.to(p.device) for k, v in stored[name].items()}
+    except Exception as error:  # of safetensors, JSON, or a missing tensor
+        raise UserError(f"{path}: damaged ({error!r}); delete it to start the stage again") from error
+    return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}
