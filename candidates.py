@@ -54,7 +54,7 @@ class PrefixTree:
                 path.append(at)
             command.append(c), token.append(END), before.append(at + 1)
             self.paths.append(np.array(path, np.int64))
-        self.n = n = len(ids)
+        self.n = len(ids)
         leaves = [path[-1] if len(path) else -1 for path in self.paths]
         self.ids = np.array(ids + [END] * len(commands), np.int64)
         self.depth = np.array(depth + [len(path) for path in self.paths], np.int64)

@@ -80,8 +80,9 @@ def policy_loss(batch, settings):
     chosen, rejected = torch.where(swap, b, a), torch.where(swap, a, b)
     gap = (q_a - q_b).abs()
     pick = lambda log_p, action: log_p.gather(1, action)[:, 0]
+    label = gap.sigmoid() if settings.labels == "soft" else 1.0
     losses = dpo_loss(pick(log_pi, chosen), pick(log_pi, rejected), pick(log_ref, chosen),
-                      pick(log_ref, rejected), beta, gap.sigmoid() if settings.labels == "soft" else 1.0)
+                      pick(log_ref, rejected), beta, label)
     kept = (a != b)[:, 0] & (gap > settings.min_gap)
     return losses * kept, {"pairs": (kept.sum(), len(kept)), "gap": ((gap * kept).sum(), kept.sum())}
 

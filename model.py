@@ -11,7 +11,7 @@ layout and the tensor names are Qwen3's, so transformers opens a saved model as 
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np

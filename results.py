@@ -162,9 +162,9 @@ def narrate(episode):
     yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
     for n, step in enumerate(episode["steps"], 1):
         yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
-        for rank, o in enumerate(step["candidates"]):
+        for place, o in enumerate(step["candidates"]):
             taken = o["action"] == step["action"]
-            if rank < SHOWN or taken:
+            if place < SHOWN or taken:
                 q = "" if o["q"] is None else f"   Q {o['q']:.3f}"
                 yield f"   {' >'[taken]} {o['action']:44} π {o['pi']:.3f}{q}"
         yield step["answer"]

@@ -15,7 +15,6 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from safetensors.numpy import save_file
 from candidates import draw, extend, keep_branch, tree_builder
 from fast_alfworld import AlfworldEnv
 from model import Cache
-from tokenizer import ACT, END, SPECIAL, split_intro
+from tokenizer import END, SPECIAL, split_intro
 from utils import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
 
 MAX_ACTION = 32  # tokens of a freely generated action; the longest command has fewer

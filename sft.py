@@ -18,7 +18,7 @@ from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
 from model import Config
 from optim import optimise
 from rollout import MAX_ACTION, Trajectory, replay
-from tokenizer import ACT, END, Tokenizer, split_intro
+from tokenizer import END, Tokenizer, split_intro
 from utils import generator, mine, pad
 
 
