@@ -72,9 +72,10 @@ class PrefixTree:
         return len(self.ids) if ends else self.n
 
 
-def tree_builder(tokenizer, size=4096):
-    """-> tree(commands): the PrefixTree of a tuple of commands; states recur, so it is cached."""
-    return lru_cache(size)(lambda commands: PrefixTree(commands, tokenizer.encode))
+@lru_cache(4096)
+def prefix_tree(commands, tokenizer):
+    """The PrefixTree of a tuple of commands; states recur, so it is cached."""
+    return PrefixTree(commands, tokenizer.encode)
 
 
 # --- exact quantities of a batch of states, all (B, C) -> (B,) or (B, C) -------------------------
@@ -133,9 +134,11 @@ def log_policy(policy, h, trees, temperature):
     return torch.log_softmax((likelihood / temperature).clamp(min=FORBIDDEN), dim=-1)
 
 
-def action_scores(prm, h, trees):
-    """f(s, ·) of B states from the hidden states h (ΣC_b, D) of all <end>s. -> (B, C), padded 0"""
-    return padded(prm.scores(h).float(), trees, 0.0)
+def values(model, h, trees, temperature):
+    """-> log π (B, C) of a policy; f (B, C) of a PRM, whose h (ΣC_b, D) is that of all <end>s."""
+    if model.config.head == "score":
+        return padded(model.scores(h).float(), trees, 0.0)
+    return log_policy(model, h, trees, temperature)
 
 
 def padded(values, trees, value):
@@ -154,24 +157,21 @@ def extend(model, cache, starts, chains, trees, temperature=1.0):
     tree's keys and values lie in the cache behind the chain (`keep_branch`).
     -> log π (B, C) of a policy, f (B, C) of a PRM
     """
-    ends = model.config.head == "score"
-    behind, tokens, waiting = [], [], iter(trees)
+    ends, nothing = model.config.head == "score", (np.empty(0, np.int64), np.empty((0, 0), bool))
+    tokens, behind, places, total, waiting = [], [], [], 0, iter(trees)
     for chain in chains:
-        tree = next(waiting) if len(chain) else None
-        n = tree.nodes(ends) if tree else 0
-        behind.append((tree.depth[:n], tree.seen[:n, :n]) if tree else
-                      (np.empty(0, np.int64), np.empty((0, 0), bool)))
-        tokens.append(np.concatenate([chain, tree.ids[:n]]) if tree else np.empty(0, np.int64))
+        if not len(chain):
+            tokens.append(nothing[0]), behind.append(nothing)
+            continue
+        tree = next(waiting)
+        n = tree.nodes(ends)
+        tokens.append(np.concatenate([chain, tree.ids[:n]]))
+        behind.append((tree.depth[:n], tree.seen[:n, :n]))
+        total += len(tokens[-1])
+        places.append(np.arange(total - (len(tree) if ends else 1 + n), total))
     h = model.extend(cache, starts, tokens, behind)  # (N, D)
-    last = np.cumsum([len(t) for t in tokens])  # behind each row's tokens
-    places = []
-    for chain, end, (depth, _) in zip(chains, last, behind):
-        if len(chain):
-            act = end - len(depth) - 1  # the hidden state of the <act>
-            tree = trees[len(places)]
-            places.append(np.arange(end - len(tree), end) if ends else np.arange(act, end))
-    h = h[torch.from_numpy(np.concatenate(places)).to(h.device)]
-    return action_scores(model, h, trees) if ends else log_policy(model, h, trees, temperature)
+    return values(model, h[torch.from_numpy(np.concatenate(places)).to(h.device)], trees,
+                  temperature)
 
 
 def keep_branch(cache, rows, lengths, paths):
@@ -188,65 +188,46 @@ def keep_branch(cache, rows, lengths, paths):
 
 # --- without a cache: trajectories with the trees of several of their states ---------------------
 
-class States:
-    """A batch of states of some trajectories, laid out for forward passes of whole sequences.
+def score_states(model, sequences, states, temperature=1.0):
+    """All candidates of some states of some sequences, with gradient.
 
     sequences: list of (L,) id arrays. states: list of (sequence number, start, PrefixTree), start
-    being the place behind the state's <act>. Each sequence becomes one row: its own tokens, as far
-    as some state sees them, then the trees of its states.
-    """
-
-    def __init__(self, sequences, states, ends):
-        own = [[] for _ in sequences]
-        for n, (b, *_) in enumerate(states):
-            own[b].append(n)
-        self.trees = [tree for *_, tree in states]
-        kept = [b for b, mine in enumerate(own) if mine]
-        lengths, rows = [], []
-        for b in kept:
-            L = max(states[n][1] for n in own[b])
-            lengths.append(L + sum(states[n][2].nodes(ends) for n in own[b]))
-            rows.append((b, L))
-        S = max(lengths, default=0)
-        self.ids = torch.zeros(len(rows), S, dtype=torch.long)
-        positions = torch.zeros(len(rows), S, dtype=torch.long)
-        mask = torch.zeros(len(rows), S, S, dtype=torch.bool)
-        places = [None] * len(states)
-        for r, (b, L) in enumerate(rows):
-            self.ids[r, :L] = torch.from_numpy(np.asarray(sequences[b][:L], np.int64))
-            positions[r, :L] = torch.arange(L)
-            mask[r, :L, :L] = torch.ones(L, L, dtype=torch.bool).tril()
-            at = L
-            for n in own[b]:
-                _, start, tree = states[n]
-                m = tree.nodes(ends)
-                nodes = slice(at, at + m)
-                self.ids[r, nodes] = torch.from_numpy(tree.ids[:m])
-                positions[r, nodes] = torch.from_numpy(tree.depth[:m]) + start
-                mask[r, nodes, :start] = True
-                mask[r, nodes, nodes] = torch.from_numpy(tree.seen[:m, :m])
-                inner = np.append(start - 1, np.arange(at, at + m))
-                places[n] = r * S + (inner[-len(tree):] if ends else inner)
-                at += m
-            mask[r, at:, 0] = True  # padding sees something, so that no softmax is of nothing
-        self.lengths, self.positions, self.mask = torch.tensor(lengths), positions, mask
-        self.places = torch.from_numpy(np.concatenate(places)) if places else None
-
-    def hidden(self, model):
-        """-> (N, D): the hidden states that `log_policy` or `action_scores` asks for."""
-        to = lambda t: t.to(model.device)
-        h = model.ragged(to(self.ids), self.lengths, to(self.positions), to(self.mask))
-        return h.flatten(0, 1)[to(self.places)]
-
-
-def score_states(model, sequences, states, temperature=1.0):
-    """All candidates of some states of some sequences (see `States`), with gradient.
-
+    being the place behind the state's <act>.
     -> log π (B, C) of a policy at this temperature, f (B, C) of a PRM
     """
-    ends = model.config.head == "score"
-    batch = States(sequences, states, ends)
-    h = batch.hidden(model)
-    if ends:
-        return action_scores(model, h, batch.trees)
-    return log_policy(model, h, batch.trees, temperature)
+    h = hidden(model, sequences, states)
+    return values(model, h, [tree for *_, tree in states], temperature)
+
+
+def hidden(model, sequences, states):
+    """-> (N, D): the hidden states that `values` asks for, of `states` as in `score_states`.
+
+    Each sequence with states becomes one row: its own tokens, as far as some state sees them, then
+    the trees of its states.
+    """
+    ends, of = model.config.head == "score", {}
+    for n, (b, *_) in enumerate(states):
+        of.setdefault(b, []).append(n)
+    own = [max(states[n][1] for n in numbers) for numbers in of.values()]  # tokens of the sequence
+    lengths = [L + sum(states[n][2].nodes(ends) for n in numbers)
+               for L, numbers in zip(own, of.values())]
+    S, places = max(lengths), [None] * len(states)
+    ids, positions = np.zeros((2, len(of), S), np.int64)
+    mask = np.zeros((len(of), S, S), bool)
+    for r, ((b, numbers), L) in enumerate(zip(of.items(), own)):
+        ids[r, :L], positions[r, :L] = sequences[b][:L], np.arange(L)
+        mask[r, :L, :L] = np.tri(L, dtype=bool)
+        at = L
+        for n in numbers:
+            _, start, tree = states[n]
+            m = tree.nodes(ends)
+            nodes = slice(at, at + m)
+            ids[r, nodes], positions[r, nodes] = tree.ids[:m], tree.depth[:m] + start
+            mask[r, nodes, :start], mask[r, nodes, nodes] = True, tree.seen[:m, :m]
+            read = np.append(start - 1, np.arange(at, at + m))  # the <act>, then the tree
+            places[n] = r * S + (read[-len(tree):] if ends else read)
+            at += m
+        mask[r, at:, 0] = True  # padding sees something, so that no softmax is of nothing
+    to = lambda array: torch.from_numpy(array).to(model.device)
+    h = model.ragged(to(ids), torch.tensor(lengths), to(positions), to(mask))  # (rows, S, D)
+    return h.flatten(0, 1)[to(np.concatenate(places))]

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from candidates import draw, entropy, expected, kl, score_states, tilt, tree_builder
-from optim import optimise
-from rollout import replay
+from candidates import draw, entropy, expected, kl, score_states, tilt
+from optim import optimise, random_batches
+from rollout import states_of
 from utils import generator, key, mine, uniform
 
 # --- losses, pure functions of tensors -----------------------------------------------------------
@@ -62,7 +62,7 @@ class Batch:
     """B states of an update: everything that a policy loss may look at."""
     log_pi: torch.Tensor  # (B, C) current policy, with gradient
     log_ref: torch.Tensor  # (B, C) reference policy
-    q: torch.Tensor  # (B, C) what the judge says of each candidate
+    q: torch.Tensor | None  # (B, C) what the judge says of each candidate
     choice: torch.Tensor  # (B,) the candidate that the rollout took
     trajectories: list  # B trajectories
     steps: list  # B numbers of actions in them
@@ -74,16 +74,14 @@ def policy_loss(batch, settings):
     log_pi, log_ref, q, beta = batch.log_pi, batch.log_ref, batch.q, settings.beta
     if settings.how == "exact":
         return exact_loss(log_pi, log_ref, q, beta), {}
-    a, b = (draw(log_pi.detach(), uniform(*batch.keys, k))[:, None] for k in (0, 1))
-    q_a, q_b = q.gather(1, a)[:, 0], q.gather(1, b)[:, 0]
-    swap = (q_b > q_a)[:, None]
-    chosen, rejected = torch.where(swap, b, a), torch.where(swap, a, b)
-    gap = (q_a - q_b).abs()
-    pick = lambda log_p, action: log_p.gather(1, action)[:, 0]
+    drawn = [draw(log_pi.detach(), uniform(*batch.keys, k)) for k in (0, 1)]
+    pair = torch.stack(drawn, 1)  # (B, 2), of which the one of higher Q is chosen
+    pair = pair.gather(1, q.gather(1, pair).argsort(dim=1, descending=True, stable=True))
+    q_chosen, q_rejected = q.gather(1, pair).T
+    gap = q_chosen - q_rejected
     label = gap.sigmoid() if settings.labels == "soft" else 1.0
-    losses = dpo_loss(pick(log_pi, chosen), pick(log_pi, rejected), pick(log_ref, chosen),
-                      pick(log_ref, rejected), beta, label)
-    kept = (a != b)[:, 0] & (gap > settings.min_gap)
+    losses = dpo_loss(*log_pi.gather(1, pair).T, *log_ref.gather(1, pair).T, beta, label)
+    kept = (pair[:, 0] != pair[:, 1]) & (gap > settings.min_gap)
     return losses * kept, {"pairs": (kept.sum(), len(kept)), "gap": ((gap * kept).sum(), kept.sum())}
 
 
@@ -101,45 +99,41 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
     """Move the policy to the objective of stage 3 at random states of the trajectories. -> log
 
     games: {id: Game}, to replay for the candidates. judge(sequences, states) -> Q (B, C); None for
-    a loss that asks no PRM. Logged at every state, exactly: kl (to the reference), distillation
-    loss, E[Q] of the policy less that of the reference, entropy. training: options of `optimise`.
+    a loss that asks no PRM. Logged at every state, exactly: kl (to the reference), entropy and, if
+    there is a judge, distillation loss and gain: E[Q] of the policy less that of the reference.
+    training: options of `optimise`.
     """
-    rng, tree_of = generator(seed, "improve"), tree_builder(tokenizer)
-    n, per = len(trajectories), settings.trajectories
-    laps = -(-settings.updates * per // n)
-    order = np.concatenate([rng.permutation(n) for _ in range(laps)])
+    order = random_batches(generator(seed, "improve"), len(trajectories), settings.trajectories,
+                           settings.updates)
 
     def loss_of(step):
-        picked = [trajectories[i] for i in order[step * per:(step + 1) * per]]
-        numbers = mine(list(range(len(picked))))
-        sequences, states, taken, of, steps, which = [], [], [], [], [], []
-        for b, j in enumerate(numbers):
+        picked = [trajectories[i] for i in order[step]]
+        sequences, states, of, steps, which = [], [], [], [], []
+        for b, j in enumerate(mine(list(range(len(picked))))):
             t, rng = picked[j], generator(seed, "states", step, j)
-            candidates = replay(t, games[t.game], tokenizer)
+            every = states_of(t, games[t.game], tokenizer, b)
             sequences.append(t.ids)
             for k in sorted(rng.choice(len(t), min(len(t), settings.states), replace=False)):
-                states.append((b, int(t.spans[k, 0]), tree_of(candidates[k])))
-                taken.append(int(t.choice[k])), of.append(t), steps.append(int(k))
+                states.append(every[k]), of.append(t), steps.append(int(k))
                 which.append(j * 1000 + int(k))
         if not states:
             return None, {}
         T, B = settings.temperature, len(states)
         with torch.no_grad():
             log_ref = score_states(reference, sequences, states, T)
-            q = judge(sequences, states) if judge else torch.zeros_like(log_ref)
+            q = judge(sequences, states) if judge else None
         log_pi = score_states(policy, sequences, states, T)
-        batch = Batch(log_pi, log_ref, q, torch.tensor(taken, device=log_pi.device), of, steps,
-                      (seed, key("pairs"), step, np.array(which)))
-        losses, metrics = loss(batch, settings)
-        divergence = kl(log_pi, log_ref)
+        taken = torch.tensor([int(t.choice[k]) for t, k in zip(of, steps)], device=log_pi.device)
+        losses, metrics = loss(Batch(log_pi, log_ref, q, taken, of, steps,
+                                     (seed, key("pairs"), step, np.array(which))), settings)
+        now, divergence = log_pi.detach(), kl(log_pi, log_ref)
+        measured = {"loss": losses, "kl": divergence, "entropy": entropy(now)}
+        if judge:
+            measured |= {"gain": expected(now, q) - expected(log_ref, q),
+                         "distillation": exact_loss(now, log_ref, q, settings.beta)}
         total = sum(min(len(t), settings.states) for t in picked)
-        with torch.no_grad():
-            gain = expected(log_pi, q) - expected(log_ref, q)
-            metrics |= {name: (x.detach().sum(), B) for name, x in (
-                ("loss", losses), ("kl", divergence), ("gain", gain),
-                ("distillation", exact_loss(log_pi, log_ref, q, settings.beta)),
-                ("entropy", entropy(log_pi)))}
-        return (losses + settings.kl * divergence).sum() / total, metrics
+        return ((losses + settings.kl * divergence).sum() / total,
+                metrics | {name: (x.detach().sum(), B) for name, x in measured.items()})
 
     return optimise(policy, loss_of, settings.updates, lr=settings.lr,
                     weight_decay=settings.weight_decay, **{"name": "policy", **training})

@@ -8,8 +8,7 @@
     python eval.py --policy DIR --prm DIR --best-of-episodes 16
     python eval.py --policy DIR --prm DIR --watch    # one episode: π(a|s) and Q(s,a) at each step
     python eval.py --policy DIR --engine both        # the same episodes in alfworld's own engine
-    python eval.py --agent expert                    # baselines: expert, random
-    python eval.py --agent human                     # play yourself
+    python eval.py --agent expert                    # also random, and human: play yourself
 """
 
 import argparse
@@ -19,10 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fast_alfworld import GAMES, AlfworldEnv, Expert, demonstrate, fit_prior, games_for, split_dev
+from fast_alfworld import (GAMES, AlfworldEnv, Expert, Human, demonstrate, fit_prior, games_for,
+                           split_dev)
 from fast_alfworld.reference import ReferenceEnv
-from results import (explain, mean, narrate, paired_bootstrap, report, result_of,
-                     summarise)
+from results import explain, mean, narrate, paired_bootstrap, report, result_of, summarise
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
@@ -40,8 +39,7 @@ def play(player, games, episodes_per_game, name):
 
 
 def evaluate_policy(policy, tokenizer, games, *, episodes_per_game=1, name="evaluate", **options):
-    """Play every game `episodes_per_game` times. options: those of `rollout` (temperature,
-    max_steps, seed, slots, act, prm, make_env). -> `result_of`"""
+    """Play every game `episodes_per_game` times; options: those of `rollout`. -> `result_of`"""
     return result_of(play(lambda todo: rollout(policy, tokenizer, todo, **options),
                           games, episodes_per_game, name), games)
 
@@ -59,8 +57,8 @@ def evaluate_best_episodes(policy, prm, tokenizer, games, n, *, episodes_per_gam
     and `oracle`: share of the choices in which one of the n was won (pass@n)"""
     played = play(lambda todo: rollout(policy, tokenizer, todo, **options),
                   games, episodes_per_game * n, "rollouts")
-    choices = {(t.game, t.episode // n) for t in played}
-    possible = {(t.game, t.episode // n) for t in played if t.won}
+    choices, possible = ({(t.game, t.episode // n) for t in some}
+                         for some in (played, [t for t in played if t.won]))
     return {**result_of(best_episodes(prm, played, n), games),
             "plain": mean(t.won for t in played), "oracle": len(possible) / len(choices)}
 
@@ -85,27 +83,10 @@ def evaluate_scripted(agent, games, expert, *, episodes_per_game=1, max_steps=30
     return {**summarise(episodes, games), "episodes": episodes}
 
 
-class Human:
-    """A person at the terminal, with the methods of Expert; EOFError at `quit`."""
-
-    def reset(self, task, observation):
-        print("\n? lists the candidates, quit ends\n", observation, sep="\n")
-
-    def act(self, admissible):
-        while (action := input("> ").strip()) in ("?", ""):
-            print(*admissible, sep="\n")
-        if action in ("quit", "exit"):
-            raise EOFError
-        return action
-
-    def observe(self, action, observation):
-        print(observation)
-
-
 # --- command line --------------------------------------------------------------------------------
 
 def parse():
-    """The command line -> namespace"""
+    """The command line -> namespace, and the one flag that says how a PRM is used ("": none)"""
     parser, n, folder = Parser(__doc__), dict(type=at_least_one, metavar="N"), dict(metavar="DIR")
     few = dict(type=between(1, 1024, int), default=1, metavar="N")
     add = lambda flag, help, **options: group.add_argument(flag, help=help, **options)
@@ -113,14 +94,16 @@ def parse():
     add("--agent", "who plays", default="policy", choices=("policy", "expert", "random", "human"))
     add("--policy", "folder of a policy", **folder)
     add("--prm", "folder of a PRM, for the flags that follow", **folder)
-    add("--best-of", "sample N actions a step, take the one of highest Q", **few)
-    add("--act-beta", "sample actions from π(a|s) · exp(Q(s,a)/X)", metavar="X",
-        type=between(1e-4, 1e9))
     add("--lookahead", "with --best-of: compare by Q of what the policy imagines, D answers and D "
         "actions", type=between(0, 50, int), default=0, metavar="D")
-    add("--beam", "step-level beam search: keep K histories, sample M actions of each",
-        type=keep_by_expand, metavar="KxM")
-    add("--best-of-episodes", "play N times, take the episode of highest Q at its end", **few)
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--best-of", help="sample N actions a step, take the one of highest Q", **few)
+    one.add_argument("--act-beta", help="sample actions from π(a|s) · exp(Q(s,a)/X)", metavar="X",
+                     type=between(1e-4, 1e9))
+    one.add_argument("--beam", help="step-level beam search: keep K histories, sample M actions of "
+                     "each", type=keep_by_expand, metavar="KxM")
+    one.add_argument("--best-of-episodes", help="play N times, take the episode of highest Q at its "
+                     "end", **few)
     add("--temperature", "of the policy; 0: greedy", type=a_temperature, default=0.3, metavar="X")
     add("--actions", "choose among the candidates, or generate free text", default="candidates",
         choices=("candidates", "free"))
@@ -143,9 +126,11 @@ def parse():
         "interval (paired bootstrap over games)", metavar="FILE")
     add("--seed", "seed of all random numbers", type=a_seed, default=0, metavar="N")
     add("--threads", "CPU threads (default: all cores)", **n)
-    add("--slots", "episodes at once (default: by the model's size)", **n)
     add("--device", "auto, cpu or cuda", default="auto", metavar="NAME")
-    return parser.parse_args()
+    args = parser.parse_args()
+    given = {"--best-of": args.best_of > 1, "--act-beta": args.act_beta, "--beam": args.beam,
+             "--best-of-episodes": args.best_of_episodes > 1}
+    return args, next((flag for flag, value in given.items() if value), "")
 
 
 def keep_by_expand(text):  # "4x8"
@@ -157,21 +142,20 @@ def keep_by_expand(text):  # "4x8"
 
 def check(args, used):
     """UserError or OSError, before any work, for flags that do not go together."""
-    model, one, first = args.agent == "policy", args.watch or args.agent == "human", (*used, "")[0]
+    model, one = args.agent == "policy", args.watch or args.agent == "human"
     for wrong, why in (
             (model and not args.policy, "--agent policy needs --policy DIR"),
             (not model and (args.policy or args.prm or used or args.watch),
              "--policy, --prm, --watch and the flags for a PRM are for --agent policy"),
-            (len(used) > 1, f"{' and '.join(used)}: use one at a time"),
             (args.prm and not used and not args.watch,
              "--prm needs --best-of, --act-beta, --beam, --best-of-episodes or --watch"),
-            (used and not args.prm, f"{first} needs --prm DIR"),
-            (args.lookahead and first != "--best-of", "--lookahead needs --best-of N"),
-            (used and not args.temperature, f"{first} needs a --temperature above 0"),
-            (args.actions == "free" and first not in ("", "--best-of-episodes"),
-             f"{first} chooses among candidates: leave out --actions free"),
-            (args.watch and first in ("--beam", "--best-of-episodes"),
-             f"--watch shows one episode: leave out {first}"),
+            (used and not args.prm, f"{used} needs --prm DIR"),
+            (args.lookahead and used != "--best-of", "--lookahead needs --best-of N"),
+            (used and not args.temperature, f"{used} needs a --temperature above 0"),
+            (args.actions == "free" and used not in ("", "--best-of-episodes"),
+             f"{used} chooses among candidates: leave out --actions free"),
+            (args.watch and used in ("--beam", "--best-of-episodes"),
+             f"--watch shows one episode: leave out {used}"),
             (one and (args.json or args.against or args.engine == "both"),
              "--json, --against and --engine both are not for --watch or --agent human"),
             (args.beam and args.engine != "fast", "--beam restores states: use --engine fast"),
@@ -205,13 +189,13 @@ def evaluation(args, games, policy, tokenizer, prm):
             train, _ = split_dev(games_for(args.games, args.data, "train", args.n_generated)[0])
             expert = Expert(fit_prior(train))
         return lambda env: evaluate_scripted(args.agent, games, expert, make_env=env, **options)
-    options |= {"temperature": args.temperature, "slots": args.slots}
+    options["temperature"] = args.temperature
     if args.beam:
         size = [int(n) for n in args.beam.split("x")]
         return lambda env: evaluate_beams(policy, prm, tokenizer, games, size, **options)
     slots = slots_for(policy) // (args.best_of if args.lookahead else 1)
-    slots = args.slots or max(1, slots if args.engine == "fast" else min(slots, 8))
-    options |= {"slots": slots, **acting(args, prm)}
+    slots = slots if args.engine == "fast" else min(slots, 8)
+    options |= {"slots": max(1, slots), **acting(args, prm)}
     if args.best_of_episodes > 1:
         return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games,
                                                   args.best_of_episodes, make_env=env, **options)
@@ -230,10 +214,7 @@ def acting(args, prm):
 
 
 def main():
-    args = parse()
-    used = [flag for flag, given in (
-        ("--best-of", args.best_of > 1), ("--act-beta", args.act_beta), ("--beam", args.beam),
-        ("--best-of-episodes", args.best_of_episodes > 1)) if given]
+    args, used = parse()
     check(args, used)
     set_up_torch(args.threads)
     games, source = games_for(args.games, args.data, args.split, args.n_generated)
@@ -244,7 +225,7 @@ def main():
     if args.policy:
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
-        within = not args.lookahead and used in ([], ["--best-of"], ["--act-beta"])
+        within = not args.lookahead and used in ("", "--best-of", "--act-beta")
         prm = read_prm(args.prm, tokenizer, device, within) if args.prm else None
     if args.watch or args.agent == "human":
         games = [games[i] for i in generator(args.seed, "order").permutation(len(games))]
@@ -257,7 +238,7 @@ def main():
     start, evaluate = time.monotonic(), evaluation(args, games, policy, tokenizer, prm)
     results = [evaluate(world) for world in WORLDS[args.engine]]
     flags = {name: value for name, value in vars(args).items() if name not in (
-        "json", "against", "watch", "data", "games", "threads", "slots", "device")}
+        "json", "against", "watch", "data", "games", "threads", "device")}
     result = {**flags, **results[-1], "temperature": args.temperature if policy else None,
               "data": source, "seconds": round(time.monotonic() - start, 1), **provenance()}
     if args.engine == "both":
@@ -266,7 +247,7 @@ def main():
         result["gain"] = paired_bootstrap(before, result["episodes"])
     if args.json:
         write_json(args.json, result)
-    print(*report(result, args.against, "".join(f" {flag}" for flag in used)), sep="\n")
+    print(*report(result, args.against, f" {used}" if used else ""), sep="\n")
 
 
 if __name__ == "__main__":

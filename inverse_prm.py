@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from candidates import PrefixTree, draw, score_states, tree_builder
-from rollout import replay
+from candidates import draw, prefix_tree, score_states
+from rollout import states_of
 from utils import generator, key, uniform
 
 
@@ -48,32 +48,46 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
     demos [(Trajectory, trained)], learners [Trajectory] of all policies so far, games {id: Game}.
     -> objective(prm, picked, share, step); `picked` only says how many trajectories of each side
     """
-    experts, tree_of = [(t, trained, True) for t, trained in demos], tree_builder(tokenizer)
+    experts = [(t, trained, True) for t, trained in demos]
     learners = [(t, None, False) for t in learners]
-    mean = {True: np.mean([len(transitions(t, w, hide_ends)[0]) for t, w, _ in experts]),
-            False: np.mean([len(transitions(t, w, hide_ends)[0]) for t, w, _ in learners])}
+    mean = {side: np.mean([len(transitions(t, w, hide_ends)[0]) for t, w, _ in some])
+            for side, some in ((True, experts), (False, learners))}
+
+    def pair(b, t, k, command=None):
+        """Action k of trajectory b, or a command in its place, as the only candidate there."""
+        command = command or tokenizer.decode(t.ids[slice(*t.spans[k])])
+        return b, int(t.spans[k, 0]), prefix_tree((command,), tokenizer)
+
+    @torch.no_grad()
+    def next_actions(batch, sequences, step):
+        """a' ~ π(·|s') at the expert's states: {(trajectory, action number): command}."""
+        asked, states, episodes = [], [], []
+        for b, (t, trained, is_expert) in enumerate(batch):
+            every = states_of(t, games[t.game], tokenizer, b) if is_expert else []
+            for k, last in zip(*transitions(t, trained, hide_ends)):
+                if is_expert and not last:
+                    asked.append((b, k + 1)), states.append(every[k + 1])
+                    episodes.append(t.episode)
+        if not states:
+            return {}
+        log_pi = score_states(policy, sequences, states, temperature)
+        u = uniform(seed, key("next action"), step, episodes, [k for _, k in asked])
+        return {at: tree.commands[c]
+                for at, (*_, tree), c in zip(asked, states, draw(log_pi, u).tolist())}
 
     def objective(prm, picked, share, step):
-        batch = []
-        for pool in (experts, learners):
-            batch += [pool[generator(seed, "inverse", step, int(i), len(pool)).integers(len(pool))]
-                      for i in picked]
+        batch = [pool[generator(seed, "inverse", step, int(i), len(pool)).integers(len(pool))]
+                 for pool in (experts, learners) for i in picked]
         sequences = [t.ids for t, _, _ in batch]
-        drawn = next_actions(policy, batch, sequences, step)
+        drawn = next_actions(batch, sequences, step)
         states, now, then, ended, expert = [], [], [], [], []
-
-        def state(b, k, command):
-            """The number of the state-action pair: action k of trajectory b, or another there."""
-            t = batch[b][0]
-            command = command or tokenizer.decode(t.ids[slice(*t.spans[k])])
-            states.append((b, int(t.spans[k, 0]), PrefixTree((command,), tokenizer.encode)))
-            return len(states) - 1
-
         for b, (t, trained, is_expert) in enumerate(batch):
             for k, last in zip(*transitions(t, trained, hide_ends)):
-                now.append(state(b, k, None))
-                then.append(now[-1] if last else state(b, k + 1, drawn.get((b, k + 1))))
-                ended.append(last), expert.append(is_expert)
+                now.append(len(states)), ended.append(last), expert.append(is_expert)
+                states.append(pair(b, t, k))
+                then.append(now[-1] if last else len(states))
+                if not last:
+                    states.append(pair(b, t, k + 1, drawn.get((b, k + 1))))
         if not states:
             return None, {"loss": (0, len(picked) / share)}
         f = score_states(prm, sequences, states)[:, 0]  # (pairs,)
@@ -85,23 +99,5 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
         return loss, {"loss": (loss.detach(), len(picked) / share), "accuracy": (right, len(z)),
                       "reward/expert": (z[expert].sum(), expert.sum()),
                       "reward/learner": (z[~expert].sum(), (~expert).sum())}
-
-    @torch.no_grad()
-    def next_actions(policy, batch, sequences, step):
-        """a' ~ π(·|s') at the expert's states: {(trajectory, action number): command}."""
-        asked, states = [], []
-        for b, (t, trained, is_expert) in enumerate(batch):
-            if is_expert:
-                candidates = replay(t, games[t.game], tokenizer)
-                for k, last in zip(*transitions(t, trained, hide_ends)):
-                    if not last:
-                        asked.append((b, int(k) + 1))
-                        states.append((b, int(t.spans[k + 1, 0]), tree_of(candidates[k + 1])))
-        if not states:
-            return {}
-        names = np.array([(t.episode, k) for (b, k) in asked for t in [batch[b][0]]]).T
-        log_pi = score_states(policy, sequences, states, temperature)
-        picked = draw(log_pi, uniform(seed, key("next action"), step, *names)).tolist()
-        return {at: tree.commands[c] for at, (*_, tree), c in zip(asked, states, picked)}
 
     return objective

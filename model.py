@@ -217,6 +217,9 @@ class Transformer(nn.Module):
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
+    def is_finite(self):
+        return all(bool(p.isfinite().all()) for p in self.parameters())
+
     def save(self, folder):
         """Write `config.json` and `model.safetensors` into an existing folder."""
         c, folder = self.config, Path(folder)

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -12,6 +13,13 @@ from tqdm import tqdm
 from utils import UserError, all_gather, rank, sum_gradients, write_file
 
 SAVE_EVERY = 10.0  # seconds
+
+
+def random_batches(rng, n, size, updates):
+    """Numbers below n, each once in random order before any comes twice. -> (updates, size)"""
+    laps = -(-updates * size // n)
+    order = np.concatenate([rng.permutation(n) for _ in range(laps)])
+    return order[:updates * size].reshape(updates, size)
 
 
 def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, watch=None):
@@ -60,7 +68,7 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
                 _save_state(state, model, optimizers, step, log, sums)
             saved = time.monotonic()
     bar.close()
-    if not all(p.isfinite().all() for p in model.parameters()):
+    if not model.is_finite():
         raise UserError(f"{name}: the weights are not all finite numbers after update {step}; "
                         "try a smaller learning rate")
     model.eval()

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from candidates import PrefixTree, score_states
-from optim import optimise
+from candidates import prefix_tree, score_states
+from optim import optimise, random_batches
 from qestimate import pearson
 from utils import generator, mine, pad
 
@@ -94,7 +94,7 @@ def bt_objective(trajectories, pairs, tokenizer):
             t = trajectories[i]
             for k, worse in pairs[i]:
                 pair = tuple(tokenizer.decode(ids) for ids in (t.ids[slice(*t.spans[k])], worse))
-                states.append((b, int(t.spans[k, 0]), PrefixTree(pair, tokenizer.encode)))
+                states.append((b, int(t.spans[k, 0]), prefix_tree(pair, tokenizer)))
         part = len(picked) / share
         if not states:
             return None, {"loss": (0, part)}
@@ -142,14 +142,12 @@ class Fit:
 
 def fit(prm, n, objective, settings, seed, state, name="PRM"):
     """Minimise an objective over n trajectories. -> log"""
-    batch, rng = settings.batch, generator(seed, "prm")
-    updates = max(1, round(settings.epochs * -(-n // batch)))
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-updates * batch // n))])
+    updates = max(1, round(settings.epochs * -(-n // settings.batch)))
+    order = random_batches(generator(seed, "prm"), n, settings.batch, updates)
 
     def loss_of(step):
-        picked = order[step * batch:(step + 1) * batch]
-        here = mine(picked)
-        return objective(prm, here, len(picked), step) if len(here) else (None, {})
+        here = mine(order[step])
+        return objective(prm, here, settings.batch, step) if len(here) else (None, {})
 
     return optimise(prm, loss_of, updates, lr=settings.lr, state=state, name=name,
                     weight_decay=settings.weight_decay)

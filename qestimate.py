@@ -57,13 +57,6 @@ def labels_of(trajectories, table):
     return list(zip(cut(table["q_hat"]), cut(1.0 / table["count"])))
 
 
-def state_labels(trajectories, table):
-    """V̂(s) = mean return of all rollouts through s. -> as `labels_of`, weights 1/visits of s"""
-    _, inverse, count = np.unique(table["state"], return_inverse=True, return_counts=True)
-    value = np.bincount(inverse, weights=table["returns"]) / count
-    return labels_of(trajectories, {"q_hat": value[inverse], "count": count[inverse]})
-
-
 def preference_pairs(trajectories, table, gap):
     """Pairs of actions of one state with Q̂(s, a⁺) > Q̂(s, a⁻) + gap, for P1's relative loss.
 
@@ -111,37 +104,6 @@ def sarsa(M, v_0, R, gamma, lam):
     for t in reversed(range(len(M) - 1)):
         q_hat[t] = gamma * ((1 - lam) * M[t + 1] + lam * q_hat[t + 1])
     return q_hat, q_hat - np.concatenate([[v_0], M[:-1]])
-
-
-def visit_statistics(table):
-    """How often (s, a) are visited, and the variance of single returns around Q̂ where revisited.
-
-    `by_visits`: of pairs with at least 1, 2, 4, … visits but fewer than the next number: how many,
-    mean Q̂ (each pair weighs 1), and variance of the returns (Bessel's; each visit weighs 1).
-    """
-    count, again = table["count"], table["count"] > 1
-    error = (table["returns"] - table["q_hat"]) ** 2 * count / np.maximum(1, count - 1)
-    edges, by_visits = (1, 2, 4, 8, 16, 32, 64, np.inf), {}
-    for low, high in zip(edges, edges[1:]):
-        here = (count >= low) & (count < high)
-        if here.any():
-            weight, q_hat = 1 / count[here], table["q_hat"][here]
-            by_visits[f"{low}+"] = {"pairs": int(weight.sum().round()),
-                                    "q_hat": float(np.average(q_hat, weights=weight)),
-                                    "variance": float(error[here].mean()) if low > 1 else None}
-    return {"actions": len(count), "distinct_pairs": len(np.unique(table["pair"])),
-            "distinct_states": len(np.unique(table["state"])), "by_visits": by_visits,
-            "label_variance_where_revisited": float(error[again].mean()) if again.any() else None}
-
-
-def held_out_check(trajectories, tokenizer, gamma, keys=history_keys):
-    """Correlate Q̂ from half of the rollouts with the returns of the others, at the same (s, a)."""
-    if len(trajectories) < 2:
-        return {"pairs": 0, "pearson": None}
-    even, odd = (q_table(trajectories[i::2], tokenizer, gamma, keys) for i in (0, 1))
-    known = dict(zip(even["pair"].tolist(), even["q_hat"]))
-    both = [(known[p], g) for p, g in zip(odd["pair"].tolist(), odd["returns"]) if p in known]
-    return {"pairs": len(both), "pearson": pearson(*np.array(both).reshape(-1, 2).T)}
 
 
 def pearson(x, y):

@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import torch
 
-from candidates import score_states, tree_builder
+from candidates import score_states
 from fast_alfworld import TASK_TYPES, AlfworldEnv
-from rollout import replay
+from rollout import states_of
 from tokenizer import split_intro
 from utils import rank, read_json, write_json
 
@@ -68,6 +68,11 @@ def paired_bootstrap(before, after):
     return mean(gain), *bootstrap(gain)
 
 
+def points(gain):
+    """(gain, low, high) -> text, in points"""
+    return f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} … {100 * gain[2]:+.1f})"
+
+
 def table(result):
     """A result of `evaluate_*` -> lines of text."""
     lines = [f"{'task type':34}{'games':>7}{'success':>9}{'95 % interval':>18}{'actions':>9}"]
@@ -94,8 +99,7 @@ def report(result, against, used):
     if "equal_episodes" in r:
         yield f"equal in both engines: {r['equal_episodes']} of {len(r['episodes'])} episodes"
     if "gain" in r:
-        gain, low, high = (100 * x for x in r["gain"])
-        yield f"gain over {against}: {gain:+.1f} points ({low:+.1f} … {high:+.1f})"
+        yield f"gain over {against}: {points(r['gain'])} points"
 
 
 def final_table(c):
@@ -109,19 +113,17 @@ def final_table(c):
              if name.startswith("eval-")}
     best = max(range(c.args.iters + 1), key=lambda i: (evals[i, "dev"]["success"], -i))
     splits, rows = ["dev", *c.test], []
-    lines = ["π_i   " + "".join(f"{s + ' (' + str(evals[0, s]['games']) + ' games)':>26}"
-                                for s in splits) + "   gain over π_0 in points, 95 % interval"]
+    head = "".join(f"{s} ({evals[0, s]['games']} games)".rjust(26) for s in splits)
+    lines = [f"π_i   {head}   gain over π_0 in points, 95 % interval"]
     for i in range(c.args.iters + 1):
-        row = {"iteration": i, "best": i == best}
+        row, line, gains = {"iteration": i, "best": i == best}, "", []
         for s in splits:
-            row[s] = {k: v for k, v in evals[i, s].items() if k not in ("episodes", "commit")}
-            row[s]["gain"] = paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
+            r, gain = evals[i, s], paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
+            row[s] = {k: v for k, v in r.items() if k not in ("episodes", "commit")} | {"gain": gain}
+            line += f"{r['success']:14.1%}{r['mean_actions']:6.1f} steps"
+            gains.append(f"{s} {points(gain)}")
         rows.append(row)
-        gains = [f"{s} {100 * gap:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
-                 for s in splits for gap, low, high in [row[s]["gain"]]] if i else []
-        lines.append(f"π_{i}{' *' if i == best else '  '}  " + "".join(
-            f"{row[s]['success']:14.1%}{row[s]['mean_actions']:6.1f} steps" for s in splits)
-            + "   " + ", ".join(gains))
+        lines.append(f"π_{i}{' *' if i == best else '  '}  {line}   {', '.join(gains) * bool(i)}")
     for kind in ("policy", "prm"):
         source, target = c.run.path / f"iter{best}/{kind}", c.run.path / f"best/{kind}"
         shutil.rmtree(target, ignore_errors=True)
@@ -140,16 +142,14 @@ def final_table(c):
 def explain(game, trajectory, policy, tokenizer, temperature, prm=None):
     """An episode as a dict. Each step: {"action", "answer", "admissible", "candidates": all of
     them as {"action", "pi": π(a|s), "q": Q(s,a) or None}, the most likely first}."""
-    env, tree_of = AlfworldEnv(len(trajectory)), tree_builder(tokenizer)
-    commands = replay(trajectory, game, tokenizer)
-    states = [(0, int(start), tree_of(c)) for start, c in zip(trajectory.spans[:, 0], commands)]
+    env, states = AlfworldEnv(len(trajectory)), states_of(trajectory, game, tokenizer)
     pi = score_states(policy, [trajectory.ids], states, temperature).exp().tolist()
     q = score_states(prm, [trajectory.ids], states).sigmoid().tolist() if prm else None
     task, observation = split_intro(env.reset(game)[0])
     steps = []
     for t, action in enumerate(tokenizer.actions(trajectory.ids)):
         options = [{"action": c, "pi": pi[t][i], "q": q and q[t][i]}
-                   for i, c in enumerate(commands[t])]
+                   for i, c in enumerate(states[t][2].commands)]
         steps.append({"action": action, "answer": env.step(action)[0],
                       "admissible": bool(trajectory.choice[t] >= 0),
                       "candidates": sorted(options, key=lambda o: -o["pi"])})

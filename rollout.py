@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from candidates import draw, extend, keep_branch, tree_builder
+from candidates import draw, extend, keep_branch, prefix_tree
 from fast_alfworld import AlfworldEnv
 from model import Cache
 from tokenizer import END, SPECIAL, split_intro
@@ -98,10 +98,7 @@ class Row:
     episode: Episode
     ids: list
     commands: tuple
-    spans: list = field(default_factory=list)
-    choice: list = field(default_factory=list)
-    counts: list = field(default_factory=list)
-    logp: list = field(default_factory=list)
+    taken: list = field(default_factory=list)  # of (start, end, choice, candidates, log π)
 
 
 @torch.no_grad()
@@ -118,11 +115,10 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
     left = Counter(episode.prompt for episode in waiting)  # so that prompts can be forgotten
     caches = [Cache(model.config, slots, model.device) for model in models]
     rows, lengths, prompts = [None] * slots, np.zeros(slots, np.int64), {}
-    tree_of, context = tree_builder(tokenizer), policy.config.max_len
     while waiting or any(rows):
         started = [i for i, row in enumerate(rows) if row is None][:len(waiting)]
         for i in started:
-            rows[i] = begin(make_env(max_steps), tokenizer, waiting.popleft(), context)
+            rows[i] = begin(make_env(max_steps), tokenizer, waiting.popleft(), policy)
         fill_prompts(models, caches, rows, lengths, started, prompts)
         left.subtract(rows[i].episode.prompt for i in started)
         prompts = {name: saved for name, saved in prompts.items() if left[name]}
@@ -136,7 +132,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
             live = np.arange(len(rows))
         chains = [row.ids[n:] if row else [] for row, n in zip(rows, lengths)]
         names = np.array([(seed, key(rows[i].episode.game.id), rows[i].episode.number,
-                           len(rows[i].spans)) for i in live]).T
+                           len(rows[i].taken)) for i in live]).T
         if act is None:
             h = policy.extend(caches[0], lengths, chains)
             ends = np.cumsum([len(c) for c in chains])[live] - 1
@@ -146,7 +142,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
             chosen = [rows[i].commands.index(c) if c in rows[i].commands else -1
                       for i, c in zip(live, commands)]
         else:
-            trees = [tree_of(rows[i].commands) for i in live]
+            trees = [prefix_tree(rows[i].commands, tokenizer) for i in live]
             log_pi = extend(policy, caches[0], lengths, chains, trees, temperature)
             f = extend(prm, caches[1], lengths, chains, trees) if prm else None
             lengths[live] = [len(rows[i].ids) for i in live]
@@ -161,13 +157,13 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
                 keep_branch(cache, live, lengths[live], paths)
         lengths[live] += [len(ids) for ids in actions]
         for i, *action in zip(live, commands, actions, chosen, logp):
-            trajectory = step(rows[i], tokenizer, context, seed, *action)
+            trajectory = step(rows[i], tokenizer, policy, seed, *action)
             if trajectory:
                 rows[i], lengths[i] = None, 0
                 yield trajectory
 
 
-def begin(env, tokenizer, episode, context):
+def begin(env, tokenizer, episode, policy):
     """Reset the world and play what the episode starts from. -> Row"""
     intro, info = env.reset(episode.game)
     if episode.begun is None:
@@ -177,24 +173,26 @@ def begin(env, tokenizer, episode, context):
         for action in tokenizer.actions(ids):
             info = env.step(action)[-1]
         env.steps = episode.played
-    if len(ids) + MAX_ACTION > context:
+    if len(ids) + MAX_ACTION > policy.config.max_len:
         raise UserError(f"{episode.game.id}: its first observation has {len(ids)} tokens, too many "
-                        f"for a context of {context}")
+                        f"for a context of {policy.config.max_len}")
     return Row(env, episode, list(ids), tuple(info["admissible_commands"]))
 
 
-def step(row, tokenizer, context, seed, command, ids, choice, logp):
+def step(row, tokenizer, policy, seed, command, ids, choice, logp):
     """Take one action to the world. -> the Trajectory if that ends the episode, else None"""
-    row.spans.append((len(row.ids), len(row.ids) + len(ids) + 1))
+    row.taken.append((len(row.ids), len(row.ids) + len(ids) + 1, choice, len(row.commands), logp))
     row.ids += [*ids, END]
-    row.choice.append(choice), row.counts.append(len(row.commands)), row.logp.append(logp)
     observation, reward, won, truncated, info = row.env.step(command)
     answer = tokenizer.turn(observation)
     row.commands = tuple(info["admissible_commands"])
-    truncated = truncated or not won and len(row.ids) + len(answer) + MAX_ACTION > context
+    room = policy.config.max_len - len(row.ids) - len(answer)
+    truncated = truncated or not won and room < MAX_ACTION
     if won or truncated:
-        whole = [np.array(x, np.int32) for x in (row.ids, row.spans, row.choice, row.counts)]
-        return Trajectory(row.episode.game.id, *whole, np.array(row.logp, np.float32),
+        *whole, logp = zip(*row.taken)
+        start, end, choice, counts = np.array(whole, np.int32)
+        return Trajectory(row.episode.game.id, np.array(row.ids, np.int32),
+                          np.stack([start, end], 1), choice, counts, np.array(logp, np.float32),
                           reward, won, truncated, seed, row.episode.number)
     row.ids += answer
     return None
@@ -228,18 +226,24 @@ def slots_for(policy):
 
 def replay(trajectory, game, tokenizer):
     """The candidates of every state of a trajectory: list of T tuples of commands."""
-    env, own, out = AlfworldEnv(), len(trajectory), []
+    env, out = AlfworldEnv(), []
     _, info = env.reset(game)
     for action in tokenizer.actions(trajectory.ids):
         out.append(tuple(info["admissible_commands"]))
         info = env.step(action)[-1]
-    return out[-own:]
+    return out[-len(trajectory):]
+
+
+def states_of(trajectory, game, tokenizer, row=0):
+    """Its T states for `score_states`: list of (row, start, PrefixTree of the candidates)."""
+    return [(row, int(start), prefix_tree(commands, tokenizer)) for start, commands in
+            zip(trajectory.spans[:, 0], replay(trajectory, game, tokenizer))]
 
 
 # --- free generation -----------------------------------------------------------------------------
 
 def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most=MAX_ACTION):
-    """Sample token by token in cache rows (B,) that end with the hidden states h (B, D).
+    """Sample token by token in cache rows (B,), ascending, that end with hidden states h (B, D).
 
     lengths (all rows,): tokens in the cache, left as they are. names (k, B): RNG keys. last: <end>
     for an action, <act> for an answer of the world; it is the only choice for token number `most`.
@@ -265,8 +269,6 @@ def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most
         for j, token in zip(going, tokens.tolist()):
             out[j].append(token)
             new[rows[j]].append(token)
-        order = np.argsort(rows[going], kind="stable")
-        going = going[order]
         h = policy.extend(cache, lengths, new)
         lengths[rows[going]] += 1
     return out, logp

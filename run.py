@@ -7,10 +7,10 @@
     best/            that policy, and its PRM            iter<i>/*.json   records
 """
 
-import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -20,16 +20,16 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from fast_alfworld import DataError, fit_prior, games_for, split_dev
+from fast_alfworld import fit_prior
 from rollout import sample
-from utils import (UserError, cpu_count, peak_memory, rank, read_json, read_model, wait_for_ranks,
-                   write_file, write_json)
+from utils import (UserError, cpu_count, rank, read_json, read_model, wait_for_ranks, write_file,
+                   write_json)
 
 PACKAGES = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
 
 
 def provenance():
-    """Where a result comes from: git commit, versions, machine."""
+    """Where a result comes from: git commit (None without git), machine, versions."""
     def git(*words):
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -37,15 +37,9 @@ def provenance():
     try:
         commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "-uno"))
     except OSError:
-        commit = None  # no git on this machine
+        commit = ""
     return {"commit": commit or None, "machine": f"{platform.machine()}, {cpu_count()} cores",
             "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}}
-
-
-def fingerprint(games):
-    """A text that is equal for equal lists of games: their number and a hash of their ids."""
-    ids = "\n".join(game.id for game in games)
-    return f"{len(games)} games, {hashlib.sha256(ids.encode()).hexdigest()[:12]}"
 
 
 class Run:
@@ -58,19 +52,17 @@ class Run:
         """
         self.path, config = Path(path), Path(path, "config.json")
         new = {"flags": flags, "games": games}
-        if config.exists():
-            old = read_json(config)
-            if not isinstance(old, dict) or not {"flags", "games"} <= old.keys():
-                raise UserError(f"{path} is not empty and holds no run: use another --out")
-            differ = [f"{'--' * (part == 'flags')}{k.replace('_', '-')} {old[part].get(k)} -> "
-                      f"{new[part].get(k)}" for part in new
-                      for k in sorted({*old[part], *new[part]} - {*free})
-                      if old[part].get(k) != new[part].get(k)]
-            if differ and any(self.path.glob("*/*")):
-                raise UserError(f"{path} holds a run with other settings ({'; '.join(differ)}): "
-                                "use them, or another --out")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        old = read_json(config) if config.exists() else None
+        if self.path.is_dir() and any(self.path.iterdir()) and not (
+                isinstance(old, dict) and new.keys() <= old.keys()):
             raise UserError(f"{path} is not empty and holds no run: use another --out")
+        differ = [f"{'--' * (part == 'flags')}{name.replace('_', '-')} {old[part].get(name)} -> "
+                  f"{new[part].get(name)}" for part in (new if old else ())
+                  for name in sorted({*old[part], *new[part]} - {*free})
+                  if old[part].get(name) != new[part].get(name)]
+        if differ and any(self.path.glob("*/*")):
+            raise UserError(f"{path} holds a run with other settings ({'; '.join(differ)}): "
+                            "use them, or another --out")
         self.origin = provenance()
         wait_for_ranks()  # until all have looked
         if rank() == 0:
@@ -115,35 +107,20 @@ class Run:
         return read_json(file) if file.exists() else {}
 
     def _write_metrics(self):
-        lines = [json.dumps({k: v for k, v in record.items() if k != "episodes"})
+        lines = [json.dumps({k: v for k, v in record.items() if k != "episodes"}) + "\n"
                  for record in self.records().values()]
-        write_file(self.path / "metrics.jsonl", lambda p: p.write_text("\n".join(lines) + "\n"))
+        write_file(self.path / "metrics.jsonl", lambda p: p.write_text("".join(lines)))
 
     def _add_cost(self, name, seconds, core_seconds):
-        if rank() == 0:
-            costs = self.costs()
-            cost = costs.setdefault(name, {"seconds": 0, "core_seconds": 0, "peak_mb": 0})
-            cost["seconds"] = round(cost["seconds"] + seconds, 2)
-            cost["core_seconds"] = round(cost["core_seconds"] + core_seconds, 2)
-            cost["peak_mb"] = max(cost["peak_mb"], round(peak_memory() / 1e6))
-            write_json(self.path / "state.json", costs)
-
-
-def load_games(args, steps):
-    """-> the train games, dev (held out of them by task folder), {test split: games}."""
-    everything, _ = games_for(args.games, args.data, "train", args.n_generated)
-    train, dev = (steps.games(args, some) for some in split_dev(everything))
-    if not train or not dev:
-        raise UserError(f"of {len(everything)} train games, {len(train)} are left to train on and "
-                        f"{len(dev)} held out as dev: both must be more than 0")
-    where = args.games if args.games != "auto" else "alfworld" if train[0].path else "generated"
-    test = {}
-    for split in filter(None, args.test_splits.split(",")):
-        try:
-            test[split], _ = games_for(where, args.data, split, max(8, args.n_generated // 20))
-        except DataError:
-            print(f"no games of {split}: not evaluated", file=sys.stderr)
-    return train, dev, test
+        if rank():
+            return
+        costs, peak = self.costs(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # bytes
+        old = costs.get(name, {"seconds": 0, "core_seconds": 0, "peak_mb": 0})
+        costs[name] = {"seconds": round(old["seconds"] + seconds, 2),
+                       "core_seconds": round(old["core_seconds"] + core_seconds, 2),
+                       "peak_mb": max(old["peak_mb"], round(peak / 1e6))}
+        write_json(self.path / "state.json", costs)
 
 
 @dataclass

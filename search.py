@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from candidates import PrefixTree, draw, extend, score_states, tilt, tree_builder
+from candidates import PrefixTree, draw, extend, prefix_tree, score_states, tilt
 from fast_alfworld import AlfworldEnv
 from model import Cache
 from prm import score
@@ -151,7 +151,7 @@ class Beam(Row):
     """One of the histories that a search keeps."""
     world: tuple = ()  # a snapshot of its world
     f: float = 0.0  # of its last action
-    parent: int = 0  # the row of both caches that holds its first `fed` tokens
+    row: int = 0  # of both caches, which holds its first `fed` tokens
     fed: int = 0
 
 
@@ -174,39 +174,38 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
     Q than the best that the world ended, that one is the result; if all were cut, the best of them.
     slots: searches at once. Yields (Trajectory, actions taken in the world) for each Episode.
     """
-    env, tree_of, context = AlfworldEnv(max_steps), tree_builder(tokenizer), policy.config.max_len
-    waiting, searches = deque(episodes), []
+    env, waiting, searches = AlfworldEnv(max_steps), deque(episodes), []
     slots = slots or max(1, slots_for(policy) // keep)
     caches = [Cache(model.config, 1, model.device) for model in (policy, prm)]
     while waiting or searches:
         while waiting and len(searches) < slots:
-            row = begin(env, tokenizer, waiting.popleft(), context)
+            row = begin(env, tokenizer, waiting.popleft(), policy)
             searches.append(Search([Beam(**vars(row), world=env.snapshot())]))
-        beams = [beam for search in searches for beam in search.live]  # cache row by row
+        beams = [beam for search in searches for beam in search.live]
         for cache in caches:
-            cache.take([beam.parent for beam in beams])
+            cache.take([beam.row for beam in beams])
         starts, chains = np.array([beam.fed for beam in beams]), [b.ids[b.fed:] for b in beams]
-        trees = [tree_of(beam.commands) for beam in beams]
+        trees = [prefix_tree(beam.commands, tokenizer) for beam in beams]
         log_pi = extend(policy, caches[0], starts, chains, trees, temperature)
         f = extend(prm, caches[1], starts, chains, trees).tolist()
-        counts = [expand if beam.spans else keep * expand for beam in beams]
+        counts = [expand if beam.taken else keep * expand for beam in beams]
         # The best beam's random numbers are those of Best-of-N, the others' those of later steps.
         names = np.array([(seed, key(beam.episode.game.id), beam.episode.number,
-                           len(beam.spans) + rank * max_steps)
+                           len(beam.taken) + rank * max_steps)
                           for search in searches for rank, beam in enumerate(search.live)]).T
-        drawn = [dict.fromkeys(row[:count]) for row, count in
-                 zip(draws(log_pi, names, max(counts)).tolist(), counts)]
-        numbers = iter(range(len(beams)))
+        drawn = draws(log_pi, names, max(counts)).tolist()
+        for row, beam in enumerate(beams):
+            beam.row = row
         for search in searches:
-            own, search.live = [next(numbers) for _ in search.live], []
-            options = [(f[j][c], j, c) for j in own for c in drawn[j]]
-            for value, j, c in sorted(options, key=lambda o: -o[0])[:keep]:
-                lists = {k: v.copy() for k, v in vars(beams[j]).items() if type(v) is list}
-                beam = replace(beams[j], **lists, f=value, parent=j, fed=len(beams[j].ids))
-                ids = trees[j].ids[trees[j].paths[c]].tolist()
+            options = [(f[beam.row][c], beam, c) for beam in search.live
+                       for c in dict.fromkeys(drawn[beam.row][:counts[beam.row]])]
+            search.live = []
+            for value, parent, c in sorted(options, key=lambda o: -o[0])[:keep]:
+                tree, beam = trees[parent.row], replace(
+                    parent, ids=[*parent.ids], taken=[*parent.taken], f=value, fed=len(parent.ids))
                 env.restore(beam.world)
-                trajectory = step(beam, tokenizer, context, seed, trees[j].commands[c], ids, c,
-                                  float(log_pi[j, c]))
+                trajectory = step(beam, tokenizer, policy, seed, tree.commands[c],
+                                  tree.ids[tree.paths[c]].tolist(), c, float(log_pi[beam.row, c]))
                 search.tried += 1
                 if trajectory:
                     search.ended.append((not trajectory.truncated, value, trajectory))

@@ -1,10 +1,10 @@
 """π_0: supervised fine-tuning on demonstrations, by masked cross-entropy.
 
-    trajectories = demonstrations(games, prior, Demos(4000), tokenizer)
-    log = train_sft(policy, tokenizer, trajectories, by_id, Sft(), seed, state)
+    demos = demonstrations(games, prior, Demos(4000), tokenizer)
+    log = train_sft(policy, demos, Sft(), seed, state)
 
-Each demonstration is seen once. The loss is over the tokens of the expert's actions, <end>
-included, and, at a smaller weight, over the world's answers, which look-ahead has to predict.
+The loss is over the tokens of the expert's actions, <end> included, and, at a smaller weight, over
+the world's answers, which look-ahead has to predict.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from candidates import score_states, tree_builder
 from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
 from model import Config
 from optim import optimise
@@ -81,10 +80,9 @@ def as_trajectory(game, demo, tokenizer, seed, number, context=Config.max_len):
     trajectory = Trajectory(
         game.id, ids, np.array(spans, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
         np.zeros(T, np.float32), float(won), won, not won, seed, number)
-    candidates = replay(trajectory, game, tokenizer)
-    trajectory.choice[:] = [c.index(step.action) if step.action in c else -1
-                            for c, step in zip(candidates, demo.steps)]
-    trajectory.n_candidates[:] = [len(c) for c in candidates]
+    for k, (commands, step) in enumerate(zip(replay(trajectory, game, tokenizer), demo.steps)):
+        trajectory.choice[k] = commands.index(step.action) if step.action in commands else -1
+        trajectory.n_candidates[k] = len(commands)
     return trajectory, np.array([step.trained for step in demo.steps[:T]])
 
 
@@ -107,59 +105,38 @@ def sft_loss(logits, targets, weights, total):
 
 @dataclass
 class Sft:
-    """Settings of the training. loss: "tokens" over the vocabulary, "candidates" over A(s)."""
+    """Settings of the training."""
     lr: float = 3e-3
     batch: int = 8
     epochs: int = 1
     obs_weight: float = 0.1
     weight_decay: float = 0.1
-    loss: str = "tokens"
 
 
-def train_sft(policy, tokenizer, demos, games, settings, seed, state):
-    """Fine-tune the policy on demonstrations [(Trajectory, trained)]. -> log
+def token_loss(policy, batch, settings):
+    """`sft_loss` of this rank's part of a batch of demonstrations. -> loss or None, metrics"""
+    weights = [token_weights(*demo, settings.obs_weight) for demo in batch]
+    total = float(sum(w.sum() for w in weights))
+    rows = mine(list(zip([t for t, _ in batch], weights)))
+    if not rows:
+        return None, {}
+    ids = pad([t.ids for t, _ in rows]).to(policy.device)  # (B, S)
+    weights = pad([w for _, w in rows], 0.0, torch.float32).to(policy.device)[:, 1:]
+    used = weights > 0
+    h = policy.ragged(ids[:, :-1], torch.tensor([len(t.ids) - 1 for t, _ in rows]))[used]  # (N, D)
+    loss = sft_loss(policy.logits(h), ids[:, 1:][used], weights[used], total)
+    return loss, {"loss": (loss.detach() * total, float(weights[used].sum()))}
 
-    games: {id: Game}, needed for the loss over candidates only.
-    """
-    n, batch, device = len(demos), settings.batch, policy.device
-    per_epoch, tree_of = -(-n // batch), tree_builder(tokenizer)
+
+def train_sft(policy, demos, settings, seed, state, loss=token_loss):
+    """Fine-tune the policy on demonstrations [(Trajectory, trained)], each once an epoch. -> log"""
+    n, size = len(demos), settings.batch
+    per_epoch = -(-n // size)
 
     def loss_of(step):
         epoch, part = divmod(step, per_epoch)
-        order = generator(seed, "sft", epoch).permutation(n)[part * batch:(part + 1) * batch]
-        weights = [token_weights(*demos[i], settings.obs_weight) for i in order]
-        total = float(sum(w.sum() for w in weights))
-        rows = mine([(demos[i], w) for i, w in zip(order, weights)])
-        if not rows:
-            return None, {}
-        if settings.loss == "candidates":
-            total = sum(int(demos[i][1].sum()) for i in order)  # trained actions
-            return candidate_loss(policy, rows, games, tokenizer, tree_of, total)
-        ids = pad([t.ids for (t, _), _ in rows]).to(device)  # (B, S)
-        weights = pad([w for _, w in rows], 0.0, torch.float32).to(device)[:, 1:]
-        lengths = torch.tensor([len(t.ids) - 1 for (t, _), _ in rows])
-        used = weights > 0
-        h = policy.ragged(ids[:, :-1], lengths)[used]  # (N, D)
-        loss = sft_loss(policy.logits(h), ids[:, 1:][used], weights[used], total)
-        return loss, {"loss": (loss.detach() * total, float(weights[used].sum()))}
+        order = generator(seed, "sft", epoch).permutation(n)[part * size:(part + 1) * size]
+        return loss(policy, [demos[i] for i in order], settings)
 
     return optimise(policy, loss_of, settings.epochs * per_epoch, lr=settings.lr, state=state,
                     name="SFT", weight_decay=settings.weight_decay)
-
-
-def candidate_loss(policy, rows, games, tokenizer, tree_of, total):
-    """−log π(a|s) of the demonstrated actions over the candidates, at temperature 1.
-
-    total: the number of such actions in the whole batch, of which `rows` may be a part.
-    """
-    states, picked = [], []
-    for b, ((t, trained), _) in enumerate(rows):
-        candidates = replay(t, games[t.game], tokenizer)
-        for k in np.nonzero(trained)[0]:
-            states.append((b, int(t.spans[k, 0]), tree_of(candidates[k])))
-            picked.append(int(t.choice[k]))
-    if not states:
-        return None, {}
-    log_pi = score_states(policy, [t.ids for (t, _), _ in rows], states)
-    loss = -log_pi[torch.arange(len(picked)), torch.tensor(picked)].sum() / total
-    return loss, {"loss": (loss.detach() * total, len(picked))}

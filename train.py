@@ -20,14 +20,13 @@ from tqdm import tqdm
 
 import dpo
 import prm as prms
-from fast_alfworld import COMPLETE, GAMES, task_folder
+from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder, training_games
 from inverse_prm import inverse_objective
 from model import Config, Transformer
-from qestimate import (held_out_check, labels_of, preference_pairs, q_table, returns, sarsa,
-                       td_gae, visit_statistics)
+from qestimate import labels_of, preference_pairs, q_table, returns, sarsa, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
-from run import Context, Run, fingerprint, load_games
+from run import Context, Run
 from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
                    generator, join_ranks, key, mine, pick_device, read_model, save_model,
@@ -159,8 +158,7 @@ def supervised(c):
             policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads, kv_heads,
                                         3 * args.dim)).to(c.device)
             settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
-            log = train_sft(policy, c.tokenizer, c.demonstrations, c.by_id, settings,
-                            args.seed, state)
+            log = train_sft(policy, c.demonstrations, settings, args.seed, state)
         save_model(folder, policy, c.tokenizer)
         return {"parameters": policy.n_parameters(), "log": log}
 
@@ -170,21 +168,16 @@ def supervised(c):
 
 def roll_out(c, i):
     """Stage 1: --rollouts episodes of π_{i−1}, in shards. -> [Trajectory]"""
-    args, each = c.args, c.args.rollouts_per_game
+    args, each, episodes = c.args, c.args.rollouts_per_game, []
     order = generator(args.seed, "games", i).permutation(len(c.train))
-    episodes = []
     for g in range(-(-args.rollouts // each)):
         lap, place = divmod(g, len(order))
         episodes += [Episode(c.train[order[place]], lap * each + k) for k in range(each)]
     episodes = c.steps.start_states(c, i, episodes[:args.rollouts])
-
-    def summary(played):
-        return {"episodes": len(played), "success": float(np.mean([t.won for t in played])),
-                "mean_actions": float(np.mean([len(t) for t in played])),
-                "q_hat_check": held_out_check(played, c.tokenizer, args.gamma)}
-
-    return c.steps.trajectories(c, i, play(
-        c, i, "rollouts", episodes, i - 1, key(f"rollouts {args.seed} {i}"), summary))
+    played = play(c, i, "rollouts", episodes, i - 1, key(f"rollouts {args.seed} {i}"), lambda some: {
+        "episodes": len(some), "success": float(np.mean([t.won for t in some])),
+        "mean_actions": float(np.mean([len(t) for t in some]))})
+    return c.steps.trajectories(c, i, played)
 
 
 def play(c, i, name, episodes, policy, seed, summary):
@@ -202,8 +195,7 @@ def play(c, i, name, episodes, policy, seed, summary):
                   unit="episode", dynamic_ncols=True) as bar:
             for ended, won in play_shards(
                     here, c.run.path / f"iter{policy}/policy", c.device, workers, act=c.act,
-                    temperature=args.temperature, max_steps=args.max_steps,
-                    seed=seed):
+                    temperature=args.temperature, max_steps=args.max_steps, seed=seed):
                 bar.update(int(ended) - bar.n)
                 bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
         wait_for_ranks()
@@ -234,7 +226,7 @@ def train_prm(c, i, some, name="prm"):
         metrics = prms.validation_metrics(prm, part[True], labels_of(part[True], table), gained)
         return {"validation": metrics if absolute(args) else None,
                 "pair_accuracy": prms.pair_accuracy(prm, part[True], pairs, c.tokenizer),
-                "visits": visit_statistics(table), "log": log}
+                "log": log}
 
     c.run.once(f"iter{i}/{name}", make)
 
@@ -285,11 +277,17 @@ def set_up():
     join_ranks(args.device)
     device = pick_device(args.device)
     set_up_torch(args.threads)
-    train, dev, test = load_games(args, steps)
-    games = {"train": train, "dev": dev, **test}
-    run = Run(args.out, vars(args), {split: fingerprint(some) for split, some in games.items()},
-              free=("out", "threads", "device", "data", "iters"))
+    train, dev, test = games_of(args, steps)
+    prints = {split: fingerprint(some) for split, some in {"train": train, "dev": dev, **test}.items()}
+    run = Run(args.out, vars(args), prints, free=("out", "threads", "device", "data", "iters"))
     return Context(args, steps, run, device, train, dev, test)
+
+
+def games_of(args, steps):
+    """-> the train games, dev (held out of them by task folder), {test split: games}"""
+    return training_games(args.games, args.data, args.n_generated,
+                          filter(None, args.test_splits.split(",")),
+                          lambda some: steps.games(args, some))
 
 
 SMOKE = {"games": "generated", "n_generated": 60, "demos": 64, "iters": 1, "rollouts": 64,
@@ -299,63 +297,59 @@ SMOKE = {"games": "generated", "n_generated": 60, "demos": 64, "iters": 1, "roll
 
 def parse(argv=None):
     """The command line -> args, the named steps."""
-    parser = Parser(__doc__)
+    parser, rate = Parser(__doc__), between(1e-12, 10)
     g = parser.add_argument_group("run")
-    add = lambda flag, default, help, **kw: g.add_argument(
-        flag, default=default, help=help, **{"type": type(default), **kw})
+    add = lambda flag, default, help, type=None: g.add_argument(
+        flag, default=default, help=help, type=type or default.__class__)
     choice = lambda flag, help, *values: g.add_argument(
         flag, default=values[0], choices=values, help=help)
-    add("--iters", 3, "iterations", type=between(0, 100, int))
-    add("--out", "runs/default", "run directory", metavar="DIR")
-    add("--seed", 0, "fixes the run, on one machine", type=a_seed)
+    add("--iters", 3, "iterations", between(0, 100, int))
+    add("--out", "runs/default", "run directory")
+    add("--seed", 0, "fixes the run, on one machine", a_seed)
     add("--device", "auto", "auto, cpu or cuda")
-    add("--threads", None, "CPU threads and processes (default: all cores)", type=at_least_one)
-    add("--ablation", "", "names of ablations/, separated by commas (default: none)", metavar="NAMES")
+    add("--threads", None, "CPU threads and processes (default: all cores)", at_least_one)
+    add("--ablation", "", "names of ablations/, separated by commas (default: none)")
     g.add_argument("--smoke", action="store_true", help="tiny settings, generated games")
     choice("--algo", "agentprm learns from outcomes, inverseprm from demonstrations alone",
            "agentprm", "inverseprm")
     choice("--actions", "choose among the candidates, or generate freely", "candidates", "free")
-    add("--temperature", 0.3, "of rollouts and evaluation; 0 is greedy", type=a_temperature)
-    add("--max-steps", 30, "actions after which an episode is cut", type=at_least_one)
+    add("--temperature", 0.3, "of rollouts and evaluation; 0 is greedy", a_temperature)
+    add("--max-steps", 30, "actions after which an episode is cut", at_least_one)
     g = parser.add_argument_group("games")
     choice("--games", "where games come from; tiny: small generated ones", *GAMES)
-    add("--data", None, "folder with json_2.1.1 (default: $ALFWORLD_DATA or alfworld's cache)",
-        type=str, metavar="DIR")
-    add("--n-generated", COMPLETE["train"], "generated train games", type=at_least_one)
-    add("--test-splits", "valid_seen", "evaluated beside dev, separated by commas", metavar="NAMES")
-    add("--episodes-per-game", 5, "episodes of each test game", type=at_least_one)
+    add("--data", None, "folder of json_2.1.1 (default: $ALFWORLD_DATA or alfworld's cache)", str)
+    add("--n-generated", COMPLETE["train"], "generated train games", at_least_one)
+    add("--test-splits", "valid_seen", "evaluated beside dev, separated by commas")
+    add("--episodes-per-game", 5, "episodes of each test game", at_least_one)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
-    add("--init", None, "start from this policy instead (default: none)", type=str, metavar="DIR")
-    add("--demos", 4000, "demonstrations, each seen once", type=at_least_one)
-    add("--sft-lr", Sft.lr, "learning rate", type=between(1e-12, 10))
-    add("--sft-batch", Sft.batch, "demonstrations an update", type=at_least_one)
-    add("--obs-weight", Sft.obs_weight, "weight of the world's answers in the loss",
-        type=between(0, 10))
-    add("--dim", 128, "width of the transformer, a multiple of 32", type=between(32, 8192, int))
-    add("--layers", 4, "its layers", type=between(1, 100, int))
+    add("--init", None, "folder of a policy to start from instead (default: none)", str)
+    add("--demos", 4000, "demonstrations, each seen once", at_least_one)
+    add("--sft-lr", Sft.lr, "learning rate", rate)
+    add("--sft-batch", Sft.batch, "demonstrations an update", at_least_one)
+    add("--obs-weight", Sft.obs_weight, "weight of the world's answers in the loss", between(0, 10))
+    add("--dim", 128, "width of the transformer, a multiple of 32", between(32, 8192, int))
+    add("--layers", 4, "its layers", between(1, 100, int))
     g = parser.add_argument_group("stage 1: rollouts")
-    add("--rollouts", 70_000, "episodes an iteration", type=between(2, 10 ** 8, int))
-    add("--rollouts-per-game", 16, "of them of each game", type=at_least_one)
-    add("--gamma", 0.95, "discount", type=between(0, 1))
+    add("--rollouts", 70_000, "episodes an iteration", between(2, 10 ** 8, int))
+    add("--rollouts-per-game", 16, "of them of each game", at_least_one)
+    add("--gamma", 0.95, "discount", between(0, 1))
     g = parser.add_argument_group("stage 2: PRM")
     choice("--prm-loss", "P1's soft BCE or Bradley-Terry, P2's promise and progress",
            "bce", "bt", "promise-progress")
     choice("--targets", "of promise-progress: Monte Carlo or bootstrapped", "mc", "td-gae", "sarsa")
-    add("--prm-lr", prms.Fit.lr, "learning rate", type=between(1e-12, 10))
-    add("--prm-batch", prms.Fit.batch, "trajectories an update", type=at_least_one)
-    add("--prm-epochs", prms.Fit.epochs, "epochs", type=between(1e-6, 1000))
+    add("--prm-lr", prms.Fit.lr, "learning rate", rate)
+    add("--prm-batch", prms.Fit.batch, "trajectories an update", at_least_one)
+    add("--prm-epochs", prms.Fit.epochs, "epochs", between(1e-6, 1000))
     g = parser.add_argument_group("stage 3: policy")
     choice("--improve", "distil the closed form π·exp(Q/β), or online DPO", "exact", "dpo")
     choice("--labels", "of dpo: the better sample is chosen, or σ(Q_a − Q_b)", "hard", "soft")
-    add("--beta", dpo.Improve.beta, "weight of the KL to the reference", type=between(1e-9, 1e9))
-    add("--kl", dpo.Improve.kl, "weight of the exact KL at every state, added to the loss",
-        type=between(0, 1e9))
+    add("--beta", dpo.Improve.beta, "weight of the KL to the reference", between(1e-9, 1e9))
+    add("--kl", dpo.Improve.kl, "of the exact KL at every state, added to the loss", between(0, 1e9))
     choice("--ref", "reference policy: π_{i−1} or π_0", "prev", "init")
-    add("--dpo-lr", dpo.Improve.lr, "learning rate", type=between(1e-12, 10))
-    add("--updates", dpo.Improve.updates, "updates", type=at_least_one)
-    add("--dpo-batch", dpo.Improve.trajectories, "trajectories an update", type=at_least_one)
-    add("--dpo-temperature", dpo.Improve.temperature, "of π and its reference in the objective",
-        type=between(1e-3, 100))
+    add("--dpo-lr", dpo.Improve.lr, "learning rate", rate)
+    add("--updates", dpo.Improve.updates, "updates", at_least_one)
+    add("--dpo-batch", dpo.Improve.trajectories, "trajectories an update", at_least_one)
+    add("--dpo-temperature", dpo.Improve.temperature, "of π and its reference", between(1e-3, 100))
     return finish(parser, sys.argv[1:] if argv is None else argv)
 
 
@@ -371,12 +365,15 @@ def finish(parser, argv):
     args = parser.parse_args(argv)
     for wrong, complaint in (
             (args.dim % 32, f"--dim {args.dim}: must be a multiple of 32"),
-            (args.actions == "free" and args.iters, "--actions free: for π_0 alone (--iters 0); "
-             "stages 2 and 3 score candidates"),
-            (args.init and not Path(args.init, "config.json").exists(),
-             f"--init {args.init}: no model there"),
+            (args.actions == "free" and args.iters, "--actions free: for π_0 alone (--iters 0)"),
+            (args.init and not Path(args.init).is_dir(), f"--init {args.init}: no model there"),
+            ("dev" in args.test_splits.split(","), "--test-splits dev: dev is always evaluated"),
+            (args.algo == "inverseprm" and args.prm_loss != "bce",
+             f"--prm-loss {args.prm_loss}: InversePRM has a loss of its own"),
             (args.targets != "mc" and args.prm_loss != "promise-progress",
-             f"--targets {args.targets}: needs --prm-loss promise-progress")):
+             f"--targets {args.targets}: needs --prm-loss promise-progress"),
+            (args.labels != "hard" and args.improve != "dpo",
+             f"--labels {args.labels}: needs --improve dpo")):
         if wrong:
             raise UserError(complaint)
     for check in checks:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from model import Transformer
@@ -40,8 +41,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if "(default: " in action.help or action.default is argparse.SUPPRESS:
             return action.help
         words = {"False": "off", "True": "on", "None": "none"}
-        value = words.get(str(action.default), action.default)
-        return f"{action.help} (default: {value})"
+        return f"{action.help} (default: {words.get(str(action.default), action.default)})"
 
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(action.type, action.dest.upper())
@@ -92,9 +92,8 @@ def command_line(main, interrupted="interrupted"):
 
 def set_up_torch(threads=None):
     """Use all cores, or so many threads; keep freed memory, which saves page faults (glibc)."""
-    cores = cpu_count()
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(min(threads or share, 4 * cores))
+    share = max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(min(threads or share, 4 * cpu_count()))
     torch.set_flush_denormal(True)  # tiny gradients made a backward pass three times as slow
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -113,9 +112,9 @@ def pick_device(name):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch.device; UserError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: must be auto, cpu or cuda")
     try:
+        if name.split(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError("must be auto, cpu or cuda")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -131,16 +130,6 @@ def end_with(parent):
         os._exit(1)
 
 
-def peak_memory():
-    """Bytes of memory that this process has held at most, 0 where that is unknown."""
-    try:
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:
-        return 0
-
-
 # --- files, written whole and renamed into place -------------------------------------------------
 
 def write_file(path, write):
@@ -153,9 +142,7 @@ def write_file(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # a power cut leaves no empty file under the new name
         os.replace(temporary, path)
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -174,21 +161,21 @@ def read_json(path):
 
 def read_model(folder, device="cpu", head="lm"):
     """A folder written by `save_model` -> (model, tokenizer). head: "lm" (policy), "score" (PRM)."""
-    folder = Path(folder)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).exists():
+        if not Path(folder, name).exists():
             raise UserError(f"{folder}: no model there ({name} is missing)")
     try:
         model, tokenizer = Transformer.load(folder, device).eval(), Tokenizer.load(folder)
     except Exception as error:  # each of the three files has errors of its own library
         raise UserError(f"{folder}: not a model of this program, or a damaged one "
                         f"({error!r})") from error
-    if model.config.head != head:
-        raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
-    if model.config.vocab_size != len(tokenizer):
-        raise UserError(f"{folder}: its model and its tokenizer differ in vocabulary size")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{folder}: its weights are not all finite numbers")
+    for wrong, complaint in (
+            (model.config.head != head, f"that is not a {'policy' if head == 'lm' else 'PRM'}"),
+            (model.config.vocab_size != len(tokenizer),
+             "its model and its tokenizer differ in vocabulary size"),
+            (not model.is_finite(), "its weights are not all finite numbers")):
+        if wrong:
+            raise UserError(f"{folder}: {complaint}")
     return model, tokenizer
 
 
@@ -272,10 +259,10 @@ def wait_for_ranks():
 
 def all_gather(value):
     """The values of all ranks, in order."""
-    if not dist.is_initialized():
-        return [value]
-    box = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
+    box = [value]
+    if dist.is_initialized():
+        box *= dist.get_world_size()
+        dist.all_gather_object(box, value)
     return box
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import prm as prms
 import train
-from candidates import score_states, tree_builder
+from candidates import score_states
 from fast_alfworld import task_folder
-from rollout import replay
+from rollout import states_of
 from utils import between, key, read_model, save_model
 
 start_prm = None
@@ -38,15 +38,13 @@ def log_ratio(theta, reference, sequences, states, temperature):
 
 def outcome_objective(reference, trajectories, games, tokenizer, temperature, b):
     """-> objective(theta, picked, share, step), as in prm.py"""
-    tree_of = tree_builder(tokenizer)
-
     def objective(theta, picked, share, step):
         some = [trajectories[n] for n in picked]
         states, of, taken = [], [], []
         for n, t in enumerate(some):
-            for k, commands in enumerate(replay(t, games[t.game], tokenizer)):
-                states.append((n, int(t.spans[k, 0]), tree_of(commands)))
-                of.append(n), taken.append(int(t.choice[k]))
+            states += states_of(t, games[t.game], tokenizer, n)
+            of += [n] * len(t)
+            taken += t.choice.tolist()
         ratio = log_ratio(theta, reference, [t.ids for t in some], states, temperature)
         of, taken = (torch.tensor(x, device=ratio.device) for x in (of, taken))
         each = ratio.gather(1, taken[:, None])[:, 0]  # (actions,)

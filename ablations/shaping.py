@@ -22,7 +22,7 @@ import prm as prms
 import train
 from ablations import needs_labels
 from fast_alfworld import task_folder
-from qestimate import q_table, state_labels
+from qestimate import labels_of, q_table
 from rollout import load_trajectories
 from tokenizer import Tokenizer
 from utils import UserError, key, save_model
@@ -63,6 +63,13 @@ def squashed(x):
 def at_states(trajectories):
     """Trajectories whose actions end at the <act>: prm.py then reads V(s_t) for Q(s_t, a_t)."""
     return [replace(t, spans=np.repeat(t.spans[:, :1], 2, axis=1)) for t in trajectories]
+
+
+def state_labels(trajectories, table):
+    """V̂(s) = mean return of all rollouts through s. -> as `labels_of`, weights 1/visits of s"""
+    _, inverse, count = np.unique(table["state"], return_inverse=True, return_counts=True)
+    value = np.bincount(inverse, weights=table["returns"]) / count
+    return labels_of(trajectories, {"q_hat": value[inverse], "count": count[inverse]})
 
 
 def reference_value(c):

@@ -261,6 +261,23 @@ class Expert:
         return self.orders[word]
 
 
+class Human:
+    """A person at the terminal, with the methods of Expert; EOFError at `quit`."""
+
+    def reset(self, task, observation):
+        print("\n? lists the candidates, quit ends\n", observation, sep="\n")
+
+    def act(self, admissible):
+        while (action := input("> ").strip()) in ("?", ""):
+            print(*admissible, sep="\n")
+        if action in ("quit", "exit"):
+            raise EOFError
+        return action
+
+    def observe(self, action, observation):
+        print(observation)
+
+
 class Step(NamedTuple):
     action: str
     observation: str  # the answer to the action

@@ -1,5 +1,6 @@
 """Find, load, split, download and write games: published ones, or generated ones without them."""
 
+import hashlib
 import json
 import os
 import random
@@ -135,6 +136,33 @@ def games_for(games="auto", data=None, split="train", n_generated=1000, seed=0):
                   f"alfworld {version('alfworld')}{why}")
     print(f"games: {source}", file=sys.stderr)
     return chosen, source
+
+
+def training_games(games, data, n_generated, test_splits, keep=lambda some: some):
+    """What a training needs -> the train games, dev (held out of them), {test split: games}.
+
+    games, data, n_generated: see `games_for`; a test split has a twentieth as many generated games.
+    keep(list of Game) -> those of train and of dev that are used. Test splits without games are
+    left out, with a line to stderr.
+    """
+    everything, _ = games_for(games, data, "train", n_generated)
+    train, dev = map(keep, split_dev(everything))
+    if not train or not dev:
+        raise DataError(f"of {len(everything)} train games, {len(train)} are left to train on and "
+                        f"{len(dev)} held out as dev: both must be more than 0")
+    test = {}
+    for split in test_splits:
+        try:
+            test[split], _ = games_for(games, data, split, max(8, n_generated // 20))
+        except DataError:
+            print(f"no games of {split}: not evaluated", file=sys.stderr)
+    return train, dev, test
+
+
+def fingerprint(games):
+    """A text that is equal for equal lists of games: their number and a hash of their ids."""
+    ids = "\n".join(game.id for game in games)
+    return f"{len(games)} games, {hashlib.sha256(ids.encode()).hexdigest()[:12]}"
 
 
 def write_games(games, out_dir, split):

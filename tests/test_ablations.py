@@ -219,9 +219,7 @@ def test_implicit_prm_is_the_sum_of_log_ratios():
     loss, metrics = objective(theta, [2, 0], 2, 0)
     expected = 0.0
     for t in (some[2], some[0]):
-        commands = rollout.replay(t, by_id()[t.game], tokenizer())
-        states = [(0, int(s), implicit_prm.tree_builder(tokenizer())(c))
-                  for (s, _), c in zip(t.spans, commands)]
+        states = rollout.states_of(t, by_id()[t.game], tokenizer())
         ratio = sum(float(p[a] - q[a]) for p, q, a in zip(
             brute_force(theta, [t.ids], states, 0.5), brute_force(reference, [t.ids], states, 0.5),
             t.choice))

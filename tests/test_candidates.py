@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from candidates import (FORBIDDEN, PrefixTree, States, draw, entropy, expected, extend,
+from candidates import (FORBIDDEN, PrefixTree, draw, entropy, expected, extend, hidden,
                         keep_branch, kl, log_policy, padded, score_states, tilt)
 from fast_alfworld import AlfworldEnv
 from model import Cache
@@ -103,13 +103,12 @@ def test_gradients_are_those_of_separate_sequences(head):
 
 @torch.no_grad()
 def test_hidden_states_serve_two_temperatures():
-    """One pass, read twice: `States` is laid out once for a policy and its reference."""
+    """One pass, read twice."""
     model = taught()
     sequences, states = some_states(6)
-    batch = States(sequences, states, ends=False)
-    h = batch.hidden(model)
+    h, trees = hidden(model, sequences, states), [tree for *_, tree in states]
     for temperature in (0.5, 1.0):
-        assert_rows(model, log_policy(model, h, batch.trees, temperature),
+        assert_rows(model, log_policy(model, h, trees, temperature),
                     brute_force(model, sequences, states, temperature))
 
 

@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 import inverse_prm
-from candidates import score_states, tree_builder
+from candidates import prefix_tree, score_states
 from fast_alfworld import fit_prior
 from inverse_prm import inverse_loss, inverse_objective, transitions
 from prm import Fit, fit
-from rollout import Episode, replay
+from rollout import Episode, replay, states_of
 from sft import Demos, demonstrations
 from tiny import (brute_force, by_id, games, play, played, prm, random_model, taught, tokenizer)
 from tokenizer import END
@@ -115,7 +115,7 @@ def test_the_loss_of_an_update_is_a_naive_loop_with_its_gradient(hide_ends, monk
                 begun = t.ids[:t.spans[k + 1, 0]]
                 action = t.ids[slice(*t.spans[k + 1])]
                 if expert:  # π at the next state, and the candidate that was drawn there
-                    tree = tree_builder(tokenizer())(commands[k + 1])
+                    tree = prefix_tree(commands[k + 1], tokenizer())
                     p, = brute_force(policy, [begun], [(0, len(begun), tree)])
                     torch.testing.assert_close(log_pi[row, :len(p)], p, atol=1e-4, rtol=1e-4)
                     action = [*tokenizer().encode(commands[k + 1][drawn[row]]), END]
@@ -145,9 +145,7 @@ def test_next_actions_follow_the_policy_at_the_next_state_and_change_with_the_st
     monkeypatch.setattr(inverse_prm, "score_states", lambda m, sequences, states, *a: (
         table if m is policy else torch.zeros(len(states), 1)))
     policy, table = object(), None
-    trees = tree_builder(tokenizer())
-    commands = replay(t, by_id()[t.game], tokenizer())
-    states = [(0, int(start), trees(c)) for start, c in zip(t.spans[1:, 0], commands[1:])]
+    states = states_of(t, by_id()[t.game], tokenizer())[1:]
     with torch.no_grad():
         table = score_states(taught(), [t.ids], states, 2.0)
     objective = objective_of(policy, [(t, trained)], [played()[0]], temperature=2.0)
@@ -209,8 +207,7 @@ def test_the_score_ranks_the_actions_of_a_rule_based_expert_first(tmp_path):
     better, first = [], []
     with torch.no_grad():
         for t, _ in experts[:24]:
-            commands, trees = replay(t, by_id()[t.game], tokenizer()), tree_builder(tokenizer())
-            states = [(0, int(start), trees(c)) for start, c in zip(t.spans[:, 0], commands)]
+            states = states_of(t, by_id()[t.game], tokenizer())
             f = score_states(model, [t.ids], states)
             for row, tree, c in zip(f, (tree for *_, tree in states), t.choice):
                 others = np.delete(row[:len(tree)].numpy(), c)

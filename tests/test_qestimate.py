@@ -8,11 +8,13 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from qestimate import (held_out_check, history_keys, labels_of, pearson, preference_pairs, q_table,
-                       returns, sarsa, state_labels, td_gae, visit_statistics)
+from ablations.shaping import state_labels
+from qestimate import (history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa,
+                       td_gae)
 from rollout import Episode, Trajectory
 from tiny import games, play, played, taught, tokenizer
 from tokenizer import ACT, END
+from tools.q_checks import held_out_check, visit_statistics
 
 GAMMA = 0.95
 

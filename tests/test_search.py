@@ -10,7 +10,7 @@ import torch
 from candidates import PrefixTree, score_states, tilt
 from fast_alfworld import AlfworldEnv
 from model import Transformer
-from rollout import Episode, Turn, replay, rollout, sample
+from rollout import MAX_ACTION, Episode, Turn, replay, rollout, sample
 from search import (MAX_ANSWER, beam_search, best_episodes, best_of_n, draws, imagine, look_ahead,
                     read_prm, tilted)
 from tiny import (assert_same, brute_force, by_id, games, play, played, random_model, taught,
@@ -100,7 +100,7 @@ def imagined_slowly(policy, ids, depth):
     """Greedy answers and greedy actions behind a transcript, without a cache."""
     ids = [*ids, END]
     for _ in range(depth):
-        for last, most in ((ACT, MAX_ANSWER), (END, 16)):
+        for last, most in ((ACT, MAX_ANSWER), (END, MAX_ACTION)):
             allowed = [last, *range(len(SPECIAL), len(tokenizer()))]
             for k in range(most):
                 logits = policy.logits(policy(torch.tensor([ids]))[0, -1])
@@ -161,7 +161,8 @@ def test_imagined_futures_have_turns_and_fit_the_context():
 
     def act(turn):
         n = len(turn.rows)
-        room = (520 - turn.lengths[turn.rows] - 16) // (MAX_ANSWER + 16)
+        room = (520 - turn.lengths[turn.rows] - MAX_ACTION) // (
+            MAX_ANSWER + MAX_ACTION)
         actions = [tree.ids[tree.paths[0]] for tree in turn.trees]
         futures = imagine(turn, turn.rows, actions, np.minimum(9, room), 1.0, turn.names)
         for ids, history, depth in zip(futures, turn.histories, room):

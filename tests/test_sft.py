@@ -1,21 +1,27 @@
 """SFT: what carries loss, the loss over candidates, every demonstration once, and learning."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import sft
-from candidates import tree_builder
+from candidates import prefix_tree
 from fast_alfworld import AlfworldEnv, Expert, demonstrate, fit_prior
 from rollout import Episode, replay
-from sft import (Demos, Sft, as_trajectory, candidate_loss, demonstrations, sft_loss,
-                 token_weights, train_sft, train_tokenizer)
+from sft import (Demos, Sft, as_trajectory, demonstrations, sft_loss, token_loss, token_weights,
+                 train_sft, train_tokenizer)
 from tiny import brute_force, by_id, games, play, random_model, same, tokenizer
 from tokenizer import ACT, END, split_intro
+from tools import sft_curve
+from tools.sft_curve import candidate_loss
 from utils import generator
 
 PRIOR = fit_prior(games())
+LOSSES = {"tokens": token_loss, "candidates": partial(candidate_loss, games=by_id(),
+                                                      tokenizer=tokenizer())}
 
 
 def demos(n, seed=0, some=None, **options):
@@ -59,8 +65,8 @@ def test_a_demonstration_that_outgrows_the_context_is_cut(tmp_path):
     assert np.array_equal(t.ids, whole.ids[:t.spans[-1, 1]])
     assert np.array_equal(t.choice, whole.choice[:T]) and (t.n_candidates > 0).all()
     for kind in ("tokens", "candidates"):  # what is left fits a model of that context
-        train_sft(random_model(max_len=300), tokenizer(), [(t, ~trained)], by_id(),
-                  Sft(loss=kind), 0, tmp_path / kind)
+        train_sft(random_model(max_len=300), [(t, ~trained)], Sft(), 0, tmp_path / kind,
+                  LOSSES[kind])
 
 
 def test_demonstrations_are_reproducible_and_independent_of_how_many_are_asked_for():
@@ -127,12 +133,13 @@ def test_the_loss_is_the_weighted_cross_entropy_over_a_given_total():
     torch.testing.assert_close(sft_loss(logits, targets, weights, 5), want)
 
 
-def captured(monkeypatch, some, settings, policy=None, part=None):
+def captured(monkeypatch, some, settings, policy=None, part=None, kind="tokens"):
     """loss_of(step) of a training, without the training."""
     monkeypatch.setattr(sft, "optimise", lambda policy, loss_of, updates, **_: (loss_of, updates))
     if part:
         monkeypatch.setattr(sft, "mine", part)
-    return train_sft(policy or random_model(), tokenizer(), some, by_id(), settings, 3, None)
+        monkeypatch.setattr(sft_curve, "mine", part)
+    return train_sft(policy or random_model(), some, settings, 3, None, LOSSES[kind])
 
 
 @pytest.mark.parametrize("obs_weight", (0.0, 0.3))
@@ -160,7 +167,7 @@ def test_the_loss_of_an_update_is_a_loop_over_tokens(obs_weight, monkeypatch):
 @pytest.mark.parametrize("kind", ("tokens", "candidates"))
 def test_the_parts_of_ranks_add_up_to_the_batch(kind, monkeypatch):
     some = demos(7, mistakes=0.3)
-    update = lambda part: captured(monkeypatch, some, Sft(batch=7, loss=kind), part=part)[0](0)
+    update = lambda part: captured(monkeypatch, some, Sft(batch=7), part=part, kind=kind)[0](0)
     whole, metrics = update(lambda items: items)
     parts = [update(lambda items, r=r: items[r::2]) for r in (0, 1)]
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole.item(), rel=1e-4)
@@ -187,15 +194,13 @@ def test_every_demonstration_is_seen_once_an_epoch(n, batch, epochs, monkeypatch
 
 def test_the_loss_over_candidates_equals_brute_force():
     model, some = random_model(), demos(6, mistakes=0.3)
-    rows = [(demo, None) for demo in some]
     total = sum(int(trained.sum()) for _, trained in some)
-    loss, metrics = candidate_loss(model, rows, by_id(), tokenizer(),
-                                   tree_builder(tokenizer()), total)
-    states, picked, tree_of = [], [], tree_builder(tokenizer())
+    loss, metrics = LOSSES["candidates"](model, some, Sft())
+    states, picked = [], []
     for b, (t, trained) in enumerate(some):
         commands = replay(t, by_id()[t.game], tokenizer())
         for k in np.nonzero(trained)[0]:
-            states.append((b, int(t.spans[k, 0]), tree_of(commands[k])))
+            states.append((b, int(t.spans[k, 0]), prefix_tree(commands[k], tokenizer())))
             picked.append(commands[k].index(tokenizer().actions(t.ids)[k]))
     log_pi = brute_force(model, [t.ids for t, _ in some], states)
     want = -np.mean([float(row[c]) for row, c in zip(log_pi, picked)])
@@ -205,8 +210,7 @@ def test_the_loss_over_candidates_equals_brute_force():
 
 def test_a_batch_of_masked_actions_alone_has_no_loss_over_candidates():
     (t, trained), = demos(1)
-    loss, _ = candidate_loss(random_model(), [((t, trained & False), None)], by_id(),
-                             tokenizer(), tree_builder(tokenizer()), 0)
+    loss, _ = LOSSES["candidates"](random_model(), [(t, trained & False)], Sft())
     assert loss is None
 
 
@@ -220,8 +224,7 @@ def test_a_tiny_policy_learns_tiny_games(kind, tmp_path):
     """From next to nothing; a mistake that is masked is not learned."""
     some = demos(96, some=SMALL, mistakes=0.1)
     policy, before = random_model(scale=0.1), random_model(scale=0.1)
-    log = train_sft(policy, tokenizer(), some, by_id(), Sft(lr=2e-2, epochs=2, loss=kind), 0,
-                    tmp_path / "state")
+    log = train_sft(policy, some, Sft(lr=2e-2, epochs=2), 0, tmp_path / "state", LOSSES[kind])
     assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["step"] == 24
     won = [np.mean([t.won for t in play(model, [Episode(game, k) for game in SMALL
                                                 for k in range(2)], max_steps=12)])
@@ -233,7 +236,7 @@ def test_the_seed_decides_the_training(tmp_path):
     some, runs = demos(12), []
     for k, seed in enumerate((1, 1, 2)):
         model = random_model(scale=0.1)
-        log = train_sft(model, tokenizer(), some, by_id(), Sft(batch=4), seed, tmp_path / str(k))
+        log = train_sft(model, some, Sft(batch=4), seed, tmp_path / str(k))
         runs.append((model, log))
     (a, log_a), (b, log_b), (c, _) = runs
     assert same(a, b) and log_a == log_b and not same(a, c)

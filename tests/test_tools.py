@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import train
-from candidates import score_states, tree_builder
+from candidates import prefix_tree, score_states
 from eval import evaluate_policy
-from fast_alfworld import Game, generate, write_games
+from fast_alfworld import Game, fingerprint, generate, write_games
 from qestimate import returns
 from rollout import Episode, replay, rollout
-from run import Context, Run, fingerprint, load_games
+from run import Context, Run
 from search import best_of_n, tilted
 from tiny import assert_refused, by_id, in_process, played, read, taught, tokenizer
 from tools import bench, bench_models, curves, q_ground_truth, report
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     """A run of one iteration whose π_0 wins some games: its folder, and its Context."""
     folder = tmp_path_factory.mktemp("run") / "run"
     args, steps = train.parse([*FLAGS, "--out", str(folder)])
-    own, dev, test = load_games(args, steps)
+    own, dev, test = train.games_of(args, steps)
     prints = {split: fingerprint(some) for split, some in
               {"train": own, "dev": dev, **test}.items()}
     run = Run(folder, vars(args), prints)
@@ -145,7 +145,7 @@ def test_sft_by_demonstrations_and_its_ablations_in_one_table(tmp_path, monkeypa
         ("joined names, mistakes 0.2", 8, [0])]
     row = read(tmp_path / "sft/rows/16-1-dim-32-layers-1.json")
     policy, own = read_model(tmp_path / "sft/policies/16-1-dim-32-layers-1")
-    _, dev, _ = load_games(*train.parse(FLAGS))
+    _, dev, _ = train.games_of(*train.parse(FLAGS))
     again = evaluate_policy(policy, own, dev, episodes_per_game=1, seed=1, max_steps=4)
     assert row["episodes"] == again["episodes"]
     _, joined = read_model(next((tmp_path / "sft/policies").glob("8-0-joined*")))
@@ -236,10 +236,10 @@ def test_a_row_for_every_judge_from_rollouts_that_stay(made, monkeypatch, capsys
     assert tool(q_ground_truth.main, flags, monkeypatch, capsys) == lines
     done = in_process(q_ground_truth.main, [*flags, "--seed", 1], monkeypatch, capsys)
     assert_refused(done, "seed 0 -> 1")
-    s, tree_of = states[0], tree_builder(tokenizer())
+    s = states[0]
     said = q_ground_truth.judge_states(c, taught(), {"prm": (c.prm(1), True)}, states)
     f = score_states(c.prm(1), [np.array(s["ids"])],
-                     [(0, len(s["ids"]), tree_of(tuple(s["commands"])))])
+                     [(0, len(s["ids"]), prefix_tree(tuple(s["commands"]), tokenizer()))])
     assert said["prm"][0] == pytest.approx(f[0].sigmoid().tolist(), abs=1e-5)
 
 
@@ -332,14 +332,14 @@ def test_transformers_scores_the_same_candidates_alike(files):
     pytest.importorskip("transformers")
     model = bench_models.transformers_model(files[0] / "policy")
     t = max(played(), key=len)
-    game, tree_of = by_id()[t.game], tree_builder(tokenizer())
+    game = by_id()[t.game]
     state = bench_models.Stock.__new__(bench_models.Stock)
     state.cache, before = None, 0
     for k, commands in list(enumerate(replay(t, game, tokenizer())))[:4]:
         start = int(t.spans[k, 0])
         state.new, state.commands, before = t.ids[before:start].tolist(), commands, start
         log_pi = bench_models.score_candidates(model, tokenizer(), state)
-        ours = score_states(taught(), [t.ids], [(0, start, tree_of(commands))],
+        ours = score_states(taught(), [t.ids], [(0, start, prefix_tree(commands, tokenizer()))],
                             bench_models.TEMPERATURE)[0]
         assert log_pi.tolist() == pytest.approx(ours.tolist(), abs=1e-3)
 

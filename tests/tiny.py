@@ -143,7 +143,7 @@ def played():
 
 
 def some_states(n=12, seed=0, trajectories=None):
-    """n random states of rollouts, several of a trajectory: (sequences, states) for `States`."""
+    """n random states of rollouts, several of a trajectory: (sequences, states)."""
     trajectories, rng = trajectories or played()[::11], np.random.default_rng(seed)
     commands = [replay(t, by_id()[t.game], tokenizer()) for t in trajectories]
     every = [(b, k) for b, t in enumerate(trajectories) for k in range(len(t))]

@@ -23,15 +23,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dpo
-from candidates import expected, kl, score_states, tree_builder
+from candidates import expected, kl, score_states
 from eval import evaluate_policy, play
-from results import result_of
-from results import paired_bootstrap
-from rollout import load_trajectories, replay, rollout
-from run import Run, fingerprint
+from fast_alfworld import fingerprint
+from results import paired_bootstrap, points, result_of
+from rollout import load_trajectories, rollout, states_of
+from run import Run
 from search import best_of_n, read_prm, tilted
-from tools.experiment import (list_of, new_figure, parser_of, percent, points, read_run,
-                              run_flags, run_part, save_figure, span, write_table)
+from tools.experiment import (list_of, new_figure, parser_of, percent, read_run, run_flags,
+                              run_part, save_figure, span, write_table)
 from tools.sft_curve import sft
 from train import DEV_EPISODES
 from utils import (UserError, a_seed, at_least_one, between, command_line, generator, key,
@@ -227,13 +227,13 @@ class Probe:
 
     def __init__(self, stage, trajectories, games, n=32, each=6):
         rng, games = generator("probe"), {game.id: game for game in games}
-        tree_of, T = tree_builder(stage.c.tokenizer), stage.base.temperature
+        T = stage.base.temperature
         order = rng.permutation(len(trajectories))[:n]
         self.sequences, self.states, self.temperature = [], [], T
         for b, t in enumerate(trajectories[j] for j in order):
-            commands = replay(t, games[t.game], stage.c.tokenizer)
+            every = states_of(t, games[t.game], stage.c.tokenizer, b)
             self.sequences.append(t.ids)
-            self.states += [(b, int(t.spans[k, 0]), tree_of(commands[k])) for k in
+            self.states += [every[k] for k in
                             sorted(rng.choice(len(t), min(len(t), each), replace=False))]
         with torch.no_grad():
             self.log_ref = score_states(stage.reference, self.sequences, self.states, T)

@@ -6,8 +6,8 @@ from inspect import cleandoc
 from pathlib import Path
 
 import train
-from fast_alfworld import games_for
-from run import Context, Run, fingerprint, load_games
+from fast_alfworld import fingerprint, games_for
+from run import Context, Run
 from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
                    write_json)
 
@@ -85,9 +85,8 @@ def read_run(folder, split="dev", device="auto", data=None):
     args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
     vars(args).update(config["flags"])
     args.data, args.test_splits = data or args.data, ""
-    own, dev, _ = load_games(args, steps)
-    where = args.games if args.games != "auto" else "alfworld" if own[0].path else "generated"
-    chosen = dev if split == "dev" else games_for(where, args.data, split,
+    own, dev, _ = train.games_of(args, steps)
+    chosen = dev if split == "dev" else games_for(args.games, args.data, split,
                                                   max(8, args.n_generated // 20))[0]
     for name, games in {"train": own, "dev": dev, split: chosen}.items():
         known, now = config["games"].get(name), fingerprint(games)
@@ -120,11 +119,6 @@ def percent(x):
 def span(interval):
     """(low, high) -> text, in percent"""
     return f"{100 * interval[0]:.1f} … {100 * interval[1]:.1f}"
-
-
-def points(gain):
-    """(gain, low, high) -> text, in points"""
-    return f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} … {100 * gain[2]:+.1f})"
 
 
 def new_figure(panels, columns=None, title=None):

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from candidates import expected, score_states, tree_builder
-from fast_alfworld import AlfworldEnv
+from candidates import expected, prefix_tree, score_states
+from fast_alfworld import AlfworldEnv, fingerprint
 from qestimate import pearson
-from rollout import Episode, load_trajectories, play_shards, replay, rollout
-from run import Run, fingerprint
+from rollout import Episode, load_trajectories, play_shards, rollout, states_of
+from run import Run
 from search import read_prm
 from tokenizer import END
 from tools.experiment import adder, read_run, run_flags, write_table
@@ -49,17 +49,17 @@ def find_states(c, policy, args, temperature):
     played = tqdm(rollout(policy, c.tokenizer, episodes, temperature=temperature,
                           max_steps=c.args.max_steps, seed=key(f"states {args.seed}")),
                   "states", len(episodes), unit="episode", dynamic_ncols=True)
-    out, games, tree_of = [], {game.id: game for game in c.dev}, tree_builder(c.tokenizer)
+    out, games = [], {game.id: game for game in c.dev}
     for t in sorted(played, key=lambda t: t.episode):
         rng = generator(args.seed, "state", t.episode)
-        k = int(rng.integers(len(t)))
-        start, commands = int(t.spans[k, 0]), replay(t, games[t.game], c.tokenizer)[k]
-        pi = score_states(policy, [t.ids], [(0, start, tree_of(commands))], temperature)[0].exp()
+        state = states_of(t, games[t.game], c.tokenizer)[int(rng.integers(len(t)))]
+        _, start, tree = state
+        pi = score_states(policy, [t.ids], [state], temperature)[0].exp()
         order = pi.argsort(descending=True, stable=True).tolist()
         rest = rng.permutation(order[args.likely:])[:args.others].tolist()
         taken = order[:args.likely] + rest
         out.append({"game": t.game, "ids": t.ids[:start].tolist(), "pi": pi[taken].tolist(),
-                    "commands": [commands[a] for a in taken]})
+                    "commands": [tree.commands[a] for a in taken]})
     return out
 
 
@@ -124,17 +124,18 @@ def judge_states(c, policy, prms, states, batch=16):
 
     prms: {name: as from `read_judge`}
     """
-    tree_of, games = tree_builder(c.tokenizer), {game.id: game for game in c.dev}
+    games = {game.id: game for game in c.dev}
     said = {"log π": [], **{name: [] for name in prms}}
     said |= {f"one step ahead by {name}": [] for name, (_, bounded) in prms.items() if bounded}
     for low in tqdm(range(0, len(states), batch), "judge", unit="batch", dynamic_ncols=True):
         part = states[low:low + batch]
         ids = [np.array(state["ids"]) for state in part]
-        here = [(b, len(x), tree_of(tuple(s["commands"])))
+        here = [(b, len(x), prefix_tree(tuple(s["commands"]), c.tokenizer))
                 for b, (x, s) in enumerate(zip(ids, part))]
         counts = [len(state["commands"]) for state in part]
         next_ = [after(c, games[s["game"]], s["ids"], a) for s in part for a in s["commands"]]
-        going = [(x, tree_of(commands)) for ended, x, commands, _ in next_ if ended is None]
+        going = [(x, prefix_tree(commands, c.tokenizer))
+                 for ended, x, commands, _ in next_ if ended is None]
         sequences, there = [x for x, _ in going], [(b, len(x), t) for b, (x, t) in enumerate(going)]
         said["log π"] += [np.log(np.maximum(state["pi"], 1e-30)) for state in part]
         for name, (prm, bounded) in prms.items():

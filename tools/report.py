@@ -16,9 +16,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import play
-from results import explain, paired_bootstrap
+from results import explain, paired_bootstrap, points
 from rollout import rollout
-from tools.experiment import (adder, common_flags, new_figure, open_run, percent, points, read_run,
+from tools.experiment import (adder, common_flags, new_figure, open_run, percent, read_run,
                               save_figure, span)
 from utils import (Parser, UserError, a_seed, between, command_line, generator, set_up_torch,
                    write_file)

@@ -1,20 +1,23 @@
 """The part `sft` of tools/curves.py: success of π_0 against the number of demonstrations."""
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from candidates import score_states
 from eval import evaluate_policy
-from fast_alfworld import COMPLETE, GAMES, fit_prior, games_for, split_dev
+from fast_alfworld import COMPLETE, GAMES, fingerprint, fit_prior, games_for, split_dev
 from model import Config, Transformer
-from run import Run, fingerprint
-from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
+from rollout import states_of
+from run import Run
+from sft import Demos, Sft, demonstrations, token_loss, train_sft, train_tokenizer
 from tools.experiment import (common_flags, list_of, new_figure, parser_of, percent, save_figure,
                               span, write_table)
 from train import DEV_EPISODES
-from utils import (UserError, a_seed, a_temperature, at_least_one, between, key, pick_device,
+from utils import (UserError, a_seed, a_temperature, at_least_one, between, key, mine, pick_device,
                    read_json, save_model, set_up_torch)
 
 
@@ -27,7 +30,7 @@ def sft(argv):
     parser, add = parser_of(sft)
     add("--demos", "250,500,1000,2000,4000,10000", "demonstrations", type=list_of(at_least_one))
     add("--seeds", "0", "seeds of demonstrations, training and episodes", type=list_of(a_seed))
-    add("--loss", Sft.loss, "over the vocabulary, or over the candidates",
+    add("--loss", "tokens", "over the vocabulary, or over the candidates",
         choices=("tokens", "candidates"))
     add("--joined-names", False, "a name and its number are one token", action="store_true")
     add("--mistakes", Demos.mistakes, "chance of a random action, masked from the loss (DART)",
@@ -101,11 +104,26 @@ def train_and_play(args, games, n, seed, state, folder):
                                 max(1, args.dim // 64), 3 * args.dim)).to(device)
     shown = demonstrations(train, prior, Demos(n, seed, args.max_steps, args.mistakes, args.noise),
                            tokenizer)
-    settings = Sft(lr=args.lr, batch=args.batch, epochs=args.epochs, loss=args.loss,
-                   obs_weight=args.obs_weight, weight_decay=args.weight_decay)
-    log = train_sft(policy, tokenizer, shown, {game.id: game for game in train}, settings, seed,
-                    state)
+    settings = Sft(lr=args.lr, batch=args.batch, epochs=args.epochs, obs_weight=args.obs_weight,
+                   weight_decay=args.weight_decay)
+    loss = token_loss if args.loss == "tokens" else partial(
+        candidate_loss, games={game.id: game for game in train}, tokenizer=tokenizer)
+    log = train_sft(policy, shown, settings, seed, state, loss)
     save_model(folder, policy, tokenizer)
     return {"log": log, **evaluate_policy(
         policy, tokenizer, dev, episodes_per_game=args.episodes_per_game, seed=seed,
         temperature=args.temperature, max_steps=args.max_steps, name=f"{n} demonstrations")}
+
+
+def candidate_loss(policy, batch, settings, games, tokenizer):
+    """In the place of `sft.token_loss`: −log π(a|s) over the candidates, at temperature 1."""
+    states, picked, total, part = [], [], sum(int(w.sum()) for _, w in batch), mine(batch)
+    for b, (t, trained) in enumerate(part):
+        every = states_of(t, games[t.game], tokenizer, b)
+        states += [every[k] for k in np.nonzero(trained)[0]]
+        picked += t.choice[trained].tolist()
+    if not states:
+        return None, {}
+    log_pi = score_states(policy, [t.ids for t, _ in part], states)
+    loss = -log_pi[torch.arange(len(picked)), torch.tensor(picked)].sum() / total
+    return loss, {"loss": (loss.detach() * total, len(picked))}
