@@ -31,28 +31,27 @@ FORBIDDEN = -1e9  # log-probability of padding; finite, so that 0 · log 0 is 0
 class PrefixTree:
     """The prefix tree of some commands.
 
-    ids (n + C,): the tokens of the n inner nodes, parents first, then <end> once for each of the C
-    commands, in order. depth (n + C,): distance from the <act>, 0 for first tokens. seen
-    (n + C, n + C) bool: whether node i sees node j, which is an ancestor or itself. paths: the
-    nodes of each command without its <end>. For every token of every command, <end> included:
-    `command`, its number; `token`; `before`, the node that predicts it, 0 being the <act> and
-    1 + i node i.
+    ids (n + C,): tokens of the n inner nodes, parents first, then <end> for each command. depth
+    (n + C,): distance from the <act>. seen (n + C, n + C) bool: node i sees node j, which is an
+    ancestor or itself. paths: the nodes of each command without its <end>. For every token of every
+    command, <end> included: `command`, its number; `token`; `before`, the node that predicts it,
+    0 being the <act> and 1 + i node i.
     """
 
     def __init__(self, commands, encode):
-        self.commands = commands
-        ids, parent, depth, child_of, self.paths = [], [], [], {}, []
-        command, token, before = [], [], []
+        self.commands, self.paths, child_of = commands, [], {}
+        ids, parent, depth, command, token, before = ([] for _ in range(6))
         for c, text in enumerate(commands):
             at, path = -1, []
-            for k, t in enumerate(encode(text)):
+            for k, t in enumerate((*encode(text), END)):
                 command.append(c), token.append(t), before.append(at + 1)
+                if t == END:
+                    break
                 if (at, t) not in child_of:
                     child_of[at, t] = len(ids)
                     ids.append(t), parent.append(at), depth.append(k)
                 at = child_of[at, t]
                 path.append(at)
-            command.append(c), token.append(END), before.append(at + 1)
             self.paths.append(np.array(path, np.int64))
         self.n = len(ids)
         leaves = [path[-1] if len(path) else -1 for path in self.paths]
@@ -78,8 +77,6 @@ def prefix_tree(commands, tokenizer):
     return PrefixTree(commands, tokenizer.encode)
 
 
-# --- exact quantities of a batch of states, all (B, C) -> (B,) or (B, C) -------------------------
-
 def entropy(log_pi):
     """H(π(·|s)) in nats."""
     return -(log_pi.exp() * log_pi).sum(-1)
@@ -96,10 +93,7 @@ def expected(log_pi, q):
 
 
 def tilt(log_pi, q, beta):
-    """log of π(a|s)·exp(Q(s,a)/β)/Z(s): maximises E[Q] − β KL(· ‖ π) (METHOD, equation 1).
-
-    β = ∞ leaves π as it is.
-    """
+    """log of π(a|s)·exp(Q(s,a)/β)/Z(s), which maximises E[Q] − β KL(· ‖ π) (METHOD, eq. 1)."""
     return torch.log_softmax(log_pi + q / beta, dim=-1)
 
 
@@ -110,14 +104,11 @@ def draw(log_pi, u):
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=log_pi.shape[1] - 1)
 
 
-# --- from hidden states to log π and f -----------------------------------------------------------
-
 def log_policy(policy, h, trees, temperature):
-    """log π(·|s) of B states.
+    """log π(·|s) of B states; temperature 0 puts all probability on the most likely command.
 
     h (Σ(1 + n_b), D): for each state the hidden state of its <act>, then of its n_b inner nodes.
-    temperature 0 puts all probability on the most likely command. -> (B, C)
-    """
+    -> (B, C)"""
     offsets = np.cumsum([0] + [1 + tree.n for tree in trees])[:-1]
     first = np.cumsum([0] + [len(tree) for tree in trees])[:-1]
     to = lambda arrays: torch.from_numpy(np.concatenate(arrays)).to(h.device)
@@ -147,16 +138,12 @@ def padded(values, trees, value):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-# --- with a KV cache: one forward pass a step ----------------------------------------------------
-
 def extend(model, cache, starts, chains, trees, temperature=1.0):
     """Append to each cache row a chain of tokens, then score the candidates behind it.
 
     starts (rows,): tokens the row holds. chains: the new ids of every row, up to an <act>; a row
-    without tokens takes no part. trees: a PrefixTree for every row with tokens, in order; the
-    tree's keys and values lie in the cache behind the chain (`keep_branch`).
-    -> log π (B, C) of a policy, f (B, C) of a PRM
-    """
+    without tokens takes no part. trees: a PrefixTree for every row with tokens; its keys and values
+    lie in the cache behind the chain. -> log π (B, C) of a policy, f (B, C) of a PRM"""
     ends, nothing = model.config.head == "score", (np.empty(0, np.int64), np.empty((0, 0), bool))
     tokens, behind, places, total, waiting = [], [], [], 0, iter(trees)
     for chain in chains:
@@ -175,9 +162,9 @@ def extend(model, cache, starts, chains, trees, temperature=1.0):
 
 
 def keep_branch(cache, rows, lengths, paths):
-    """Of the trees behind lengths (B,) tokens of cache rows (B,), keep the chosen path alone.
+    """Of the trees behind lengths (B,) tokens of cache rows (B,), keep one path of nodes each.
 
-    paths: the nodes of each chosen command. Its keys and values are moved, not computed again.
+    The keys and values are moved, not computed again.
     """
     counts = [len(path) for path in paths]
     rows, lengths = np.repeat(rows, counts), np.repeat(lengths, counts)
@@ -186,15 +173,11 @@ def keep_branch(cache, rows, lengths, paths):
     cache.move(to(rows), to(lengths + np.concatenate(paths)), to(lengths + target))
 
 
-# --- without a cache: trajectories with the trees of several of their states ---------------------
-
 def score_states(model, sequences, states, temperature=1.0):
-    """All candidates of some states of some sequences, with gradient.
+    """All candidates of B states of some sequences, with gradient.
 
     sequences: list of (L,) id arrays. states: list of (sequence number, start, PrefixTree), start
-    being the place behind the state's <act>.
-    -> log π (B, C) of a policy at this temperature, f (B, C) of a PRM
-    """
+    being the place behind the state's <act>. -> log π (B, C) of a policy, f (B, C) of a PRM"""
     h = hidden(model, sequences, states)
     return values(model, h, [tree for *_, tree in states], temperature)
 
@@ -202,8 +185,7 @@ def score_states(model, sequences, states, temperature=1.0):
 def hidden(model, sequences, states):
     """-> (N, D): the hidden states that `values` asks for, of `states` as in `score_states`.
 
-    Each sequence with states becomes one row: its own tokens, as far as some state sees them, then
-    the trees of its states.
+    Each sequence becomes one row: its tokens, as far as a state sees them, then its states' trees.
     """
     ends, of = model.config.head == "score", {}
     for n, (b, *_) in enumerate(states):

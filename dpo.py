@@ -21,15 +21,12 @@ from optim import optimise, random_batches
 from rollout import states_of
 from utils import generator, key, mine, uniform
 
-# --- losses, pure functions of tensors -----------------------------------------------------------
-
 
 def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label=1.0):
     """−log σ(β[(log π(a⁺) − log π_ref(a⁺)) − (log π(a⁻) − log π_ref(a⁻))]) (P1, eq. 4).
 
-    Arguments (N,): log-probabilities of whole actions. label (N,): the probability that a⁺ is
-    preferred; the cross-entropy with it, 1 being the hard label. -> losses (N,)
-    """
+    All (N,): log-probabilities of whole actions; label: the probability that a⁺ is preferred, 1
+    being the hard label of P1. -> cross-entropies (N,)"""
     margin = beta * ((pi_chosen - ref_chosen) - (pi_rejected - ref_rejected))
     return -label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin)
 
@@ -38,8 +35,6 @@ def exact_loss(log_pi, log_ref, q, beta):
     """KL(π* ‖ π) with the closed form π* ∝ π_ref·exp(Q/β): all (B, C). -> losses (B,)"""
     return kl(tilt(log_ref, q, beta), log_pi)
 
-
-# --- training ------------------------------------------------------------------------------------
 
 @dataclass
 class Improve:
@@ -82,7 +77,8 @@ def policy_loss(batch, settings):
     label = gap.sigmoid() if settings.labels == "soft" else 1.0
     losses = dpo_loss(*log_pi.gather(1, pair).T, *log_ref.gather(1, pair).T, beta, label)
     kept = (pair[:, 0] != pair[:, 1]) & (gap > settings.min_gap)
-    return losses * kept, {"pairs": (kept.sum(), len(kept)), "gap": ((gap * kept).sum(), kept.sum())}
+    pairs = kept.sum()
+    return losses * kept, {"pairs": (pairs, len(kept)), "gap": ((gap * kept).sum(), pairs)}
 
 
 def prm_judge(prm, bounded=True):
@@ -98,10 +94,9 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
             loss=policy_loss, **training):
     """Move the policy to the objective of stage 3 at random states of the trajectories. -> log
 
-    games: {id: Game}, to replay for the candidates. judge(sequences, states) -> Q (B, C); None for
-    a loss that asks no PRM. Logged at every state, exactly: kl (to the reference), entropy and, if
-    there is a judge, distillation loss and gain: E[Q] of the policy less that of the reference.
-    training: options of `optimise`.
+    games: {id: Game}. judge(sequences, states) -> Q (B, C); None for a loss that asks no PRM.
+    Logged at every state, exactly: kl (to the reference), entropy and, with a judge, distillation
+    loss and gain in E[Q] over the reference. training: options of `optimise`.
     """
     order = random_batches(generator(seed, "improve"), len(trajectories), settings.trajectories,
                            settings.updates)

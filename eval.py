@@ -83,27 +83,24 @@ def evaluate_scripted(agent, games, expert, *, episodes_per_game=1, max_steps=30
     return {**summarise(episodes, games), "episodes": episodes}
 
 
-# --- command line --------------------------------------------------------------------------------
-
 def parse():
     """The command line -> namespace, and the one flag that says how a PRM is used ("": none)"""
-    parser, n, folder = Parser(__doc__), dict(type=at_least_one, metavar="N"), dict(metavar="DIR")
-    few = dict(type=between(1, 1024, int), default=1, metavar="N")
+    parser, n = Parser(__doc__), dict(type=at_least_one)
+    few = dict(type=between(1, 1024, int), default=1)
     add = lambda flag, help, **options: group.add_argument(flag, help=help, **options)
     group = parser.add_argument_group("agent")
     add("--agent", "who plays", default="policy", choices=("policy", "expert", "random", "human"))
-    add("--policy", "folder of a policy", **folder)
-    add("--prm", "folder of a PRM, for the flags that follow", **folder)
+    add("--policy", "folder of a policy")
+    add("--prm", "folder of a PRM, for --watch and the flags that follow")
+    group = group.add_mutually_exclusive_group()
+    add("--best-of", "sample N actions a step, take the one of highest Q", **few)
+    add("--act-beta", "sample actions from π(a|s) · exp(Q(s,a)/X)", type=between(1e-4, 1e9))
+    add("--beam", "step-level beam search: keep K histories, sample M actions of each",
+        type=keep_by_expand, metavar="KxM")
+    add("--best-of-episodes", "play N times, take the episode of highest Q at its end", **few)
+    group = parser.add_argument_group("acting")
     add("--lookahead", "with --best-of: compare by Q of what the policy imagines, D answers and D "
         "actions", type=between(0, 50, int), default=0, metavar="D")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--best-of", help="sample N actions a step, take the one of highest Q", **few)
-    one.add_argument("--act-beta", help="sample actions from π(a|s) · exp(Q(s,a)/X)", metavar="X",
-                     type=between(1e-4, 1e9))
-    one.add_argument("--beam", help="step-level beam search: keep K histories, sample M actions of "
-                     "each", type=keep_by_expand, metavar="KxM")
-    one.add_argument("--best-of-episodes", help="play N times, take the episode of highest Q at its "
-                     "end", **few)
     add("--temperature", "of the policy; 0: greedy", type=a_temperature, default=0.3, metavar="X")
     add("--actions", "choose among the candidates, or generate free text", default="candidates",
         choices=("candidates", "free"))
@@ -111,22 +108,22 @@ def parse():
         "with --prm, Q(s,a); --seed chooses the game", action="store_true")
     group = parser.add_argument_group("games")
     add("--split", "train, valid_seen, valid_unseen, or dev: 200 train games held out by task "
-        "folder, the same for every policy", default="valid_seen", metavar="NAME")
-    add("--games", "published (alfworld), generated or tiny ones; auto: published if found",
-        choices=GAMES, default="auto")
-    add("--data", "published games (default: $ALFWORLD_DATA or ~/.cache/alfworld)", **folder)
+        "folder, the same for every policy", default="valid_seen")
+    add("--games", "where they come from; auto: published ones if found", choices=GAMES,
+        default="auto")
+    add("--data", "published games (default: $ALFWORLD_DATA or ~/.cache/alfworld)")
     add("--n-generated", "number of games of a split, if generated", default=1000, **n)
     add("--episodes-per-game", "episodes a game", default=1, **n)
     add("--max-steps", "actions after which an episode is cut", default=30, **n)
-    add("--engine", "the fast exact engine, alfworld's own, or both in turn, which counts equal "
-        "episodes", choices=WORLDS, default="fast")
+    add("--engine", "the fast engine, alfworld's own, or both in turn, which counts equal episodes",
+        choices=WORLDS, default="fast")
     group = parser.add_argument_group("run")
-    add("--json", "write the result to FILE", metavar="FILE")
-    add("--against", "a result of --json on the same games: print the gain over it with its 95 %% "
-        "interval (paired bootstrap over games)", metavar="FILE")
-    add("--seed", "seed of all random numbers", type=a_seed, default=0, metavar="N")
+    add("--json", "file for the result")
+    add("--against", "a file of --json on the same games: print the gain over it with its 95 %% "
+        "interval (paired bootstrap over games)")
+    add("--seed", "seed of all random numbers", type=a_seed, default=0)
     add("--threads", "CPU threads (default: all cores)", **n)
-    add("--device", "auto, cpu or cuda", default="auto", metavar="NAME")
+    add("--device", "auto, cpu or cuda", default="auto")
     args = parser.parse_args()
     given = {"--best-of": args.best_of > 1, "--act-beta": args.act_beta, "--beam": args.beam,
              "--best-of-episodes": args.best_of_episodes > 1}
@@ -194,8 +191,8 @@ def evaluation(args, games, policy, tokenizer, prm):
         size = [int(n) for n in args.beam.split("x")]
         return lambda env: evaluate_beams(policy, prm, tokenizer, games, size, **options)
     slots = slots_for(policy) // (args.best_of if args.lookahead else 1)
-    slots = slots if args.engine == "fast" else min(slots, 8)
-    options |= {"slots": max(1, slots), **acting(args, prm)}
+    options["slots"] = max(1, slots if args.engine == "fast" else min(slots, 8))
+    options |= acting(args, prm)
     if args.best_of_episodes > 1:
         return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games,
                                                   args.best_of_episodes, make_env=env, **options)

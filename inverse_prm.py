@@ -46,8 +46,7 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
 
     policy: the current one, from which the expert's next actions are re-sampled at temperature.
     demos [(Trajectory, trained)], learners [Trajectory] of all policies so far, games {id: Game}.
-    -> objective(prm, picked, share, step); `picked` only says how many trajectories of each side
-    """
+    -> objective(prm, picked, share, step); `picked`: how many trajectories of each side"""
     experts = [(t, trained, True) for t, trained in demos]
     learners = [(t, None, False) for t in learners]
     mean = {side: np.mean([len(transitions(t, w, hide_ends)[0]) for t, w, _ in some])

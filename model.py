@@ -25,6 +25,13 @@ AUTOCAST = {"cuda": torch.bfloat16}
 STRETCH = {"cpu": 4, "cuda": 1024}  # cache rows that attend together; padding costs more on a CPU
 
 
+QWEN3 = {  # our names of sizes -> transformers'
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+    "hidden": "intermediate_size", "max_len": "max_position_embeddings",
+    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
+
+
 @dataclass
 class Config:
     vocab_size: int
@@ -112,29 +119,24 @@ class Transformer(nn.Module):
         return self.cos.device
 
     def forward(self, ids, positions=None, mask=None):
-        """Hidden states of whole sequences, without a cache.
+        """Hidden states of whole sequences, without a cache: ids (B, S), padded at the end.
 
-        ids (B, S), padded at the end. positions (B, S) and mask (B, S, S), True where token i sees
-        token j, for sequences that branch; without them causal attention. -> (B, S, D)
+        positions (B, S) and mask (B, S, S), True where token i sees token j, are for sequences
+        that branch; without them attention is causal. -> (B, S, D)
         """
-        x = self.model["embed_tokens"](ids)  # (B, S, D)
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        mask = None if mask is None else mask.unsqueeze(1)
-
         def attend(q, k, v):  # (B, S, heads, head_dim)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                               enable_gqa=True)
+            o = F.scaled_dot_product_attention(
+                q, k, v, None if mask is None else mask.unsqueeze(1), is_causal=mask is None,
+                enable_gqa=True)
             return o.transpose(1, 2)
 
-        return self._run(x, positions, lambda layer: attend)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        return self._run(self.model["embed_tokens"](ids), positions, lambda layer: attend)
 
     def ragged(self, ids, lengths, positions=None, mask=None):
-        """`forward` for sequences of very different lengths (B,): less padding on a CPU.
-
-        -> (B, S, D); what lies behind a sequence's end has no meaning.
-        """
+        """`forward` for sequences of very different lengths (B,): less padding on a CPU."""
         if ids.device.type != "cpu":
             return self(ids, positions, mask)
         S, order, parts = ids.shape[1], torch.argsort(lengths), []
@@ -146,51 +148,40 @@ class Transformer(nn.Module):
         return torch.cat(parts)[torch.argsort(order)]
 
     def extend(self, cache, starts, tokens, trees=None):
-        """Append new tokens to every row of a cache, in one forward pass.
+        """Append new tokens to every row of a cache, in one forward pass. -> (all new tokens, D)
 
         starts (rows,): tokens that a row holds already. tokens: for every row its new ids (n,),
-        perhaps none. They are a chain, each seeing all before it; with trees[row] = (depth (m,),
-        seen (m, m) bool), the last m of them are a tree behind the chain: at position
-        chain's end + depth, seeing the chain and what `seen` says. -> (all new tokens, D)
-
-        The matrix products run on the new tokens without padding. Only attention pads, to the
-        longest of a few neighbouring rows.
+        perhaps none: a chain, each seeing all before it. With trees[row] = (depth (m,), seen (m, m)
+        bool) the last m are a tree behind the chain: at position chain's end + depth, seeing the
+        chain and what `seen` says. Only attention pads, a few neighbouring rows alike.
         """
-        counts = np.array([len(t) for t in tokens])
-
         def flat(arrays):
             return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(self.device)
 
-        local, masks = [], []  # positions and visibility among a row's new tokens
-        for row, n in enumerate(counts):
-            depth, seen = trees[row] if trees else (np.empty(0, np.int64), np.empty((0, 0), bool))
-            chain, position = n - len(depth), np.arange(n)
-            position[chain:] = chain + depth
-            local.append(position)
-            mask = np.tril(np.ones((n, n), bool))
-            mask[chain:, chain:] = seen
-            masks.append(mask)
-        ids, position = flat(tokens), flat([p + s for p, s in zip(local, starts)])
-        rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(self.device)
-        slots = flat([np.arange(n) + s for n, s in zip(counts, starts)])
+        counts, positions, masks = np.array([len(t) for t in tokens]), [], []
+        nothing = np.empty(0, np.int64), np.empty((0, 0), bool)
+        for row, (start, n) in enumerate(zip(starts, counts)):
+            depth, seen = trees[row] if trees else nothing
+            chain = n - len(depth)
+            positions.append(start + np.concatenate([np.arange(chain), chain + depth]))
+            masks.append(np.tri(n, dtype=bool))  # visibility among a row's new tokens
+            masks[-1][chain:, chain:] = seen
+        rows = flat([np.repeat(np.arange(len(counts)), counts)])
+        slots = flat([start + np.arange(n) for start, n in zip(starts, counts)])
         cache.reserve(int((starts + counts).max()))
-        groups = []
         step = STRETCH[self.device.type]
-        for low in range(0, len(counts), step):
-            high = min(low + step, len(counts))
-            if counts[low:high].any():
-                groups.append(_Stretch(self.config, slice(low, high), starts, counts, masks,
-                                       self.device))
+        groups = [_stretch(self.config, slice(low, low + step), starts, counts, masks, self.device)
+                  for low in range(0, len(counts), step) if counts[low:low + step].any()]
 
         def attend_in(layer):
             def attend(q, k, v):  # (N, heads, head_dim)
                 cache.k[layer][rows, :, slots] = k.to(cache.k.dtype)
                 cache.v[layer][rows, :, slots] = v.to(cache.v.dtype)
-                return torch.cat([group.attend(q, cache.k[layer], cache.v[layer]).to(q.dtype)
+                return torch.cat([group(q, cache.k[layer], cache.v[layer]).to(q.dtype)
                                   for group in groups])
             return attend
 
-        return self._run(self.model["embed_tokens"](ids), position, attend_in)
+        return self._run(self.model["embed_tokens"](flat(tokens)), flat(positions), attend_in)
 
     def _run(self, x, positions, attend_in):
         cos, sin, dtype = self.cos[positions], self.sin[positions], AUTOCAST.get(x.device.type)
@@ -225,12 +216,9 @@ class Transformer(nn.Module):
         c, folder = self.config, Path(folder)
         name = "Qwen3ForCausalLM" if c.head == "lm" else "Qwen3ForTokenClassification"
         (folder / "config.json").write_text(json.dumps({
-            "architectures": [name], "head": c.head, "model_type": "qwen3",
-            "torch_dtype": "float32", "vocab_size": c.vocab_size, "hidden_size": c.dim,
-            "intermediate_size": c.hidden, "num_hidden_layers": c.n_layers,
-            "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads,
-            "head_dim": c.dim // c.n_heads, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-            "num_labels": 1, "max_position_embeddings": c.max_len, "tie_word_embeddings": True,
+            "architectures": [name], "model_type": "qwen3", "torch_dtype": "float32",
+            **{theirs: getattr(c, ours) for ours, theirs in QWEN3.items()},
+            "head_dim": c.dim // c.n_heads, "num_labels": 1, "tie_word_embeddings": True,
             "hidden_act": "silu", "attention_bias": False, "bos_token_id": None,
             "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -239,51 +227,44 @@ class Transformer(nn.Module):
     @classmethod
     def load(cls, folder, device="cpu"):
         """Read a folder written by `save`, or by transformers for a Qwen3 with tied embeddings."""
-        folder = Path(folder)
-        d = json.loads((folder / "config.json").read_text())
-        rope = d["rope_theta"] if "rope_theta" in d else d["rope_parameters"]["rope_theta"]
-        head = "lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score"
-        model = cls(Config(
-            d["vocab_size"], d["hidden_size"], d["num_hidden_layers"], d["num_attention_heads"],
-            d["num_key_value_heads"], d["intermediate_size"], d["max_position_embeddings"], rope,
-            d["rms_norm_eps"], head))
-        weights = load_file(str(folder / "model.safetensors"))
+        d = json.loads(Path(folder, "config.json").read_text())
+        d.setdefault("rope_theta", d.get("rope_parameters", {}).get("rope_theta"))
+        model = cls(Config(head="lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score",
+                           **{ours: d[theirs] for ours, theirs in QWEN3.items()}))
+        weights = load_file(str(Path(folder, "model.safetensors")))
         weights.pop("lm_head.weight", None)
         model.load_state_dict(weights)
         return model.to(device)
 
 
-class _Stretch:
-    """Attention of the new tokens of some neighbouring cache rows, padded side by side."""
+def _stretch(c, rows, starts, counts, masks, device):
+    """Attention of the new tokens of some neighbouring cache rows, padded side by side.
 
-    def __init__(self, c, rows, starts, counts, masks, device):
-        before = counts[:rows.start].sum()
-        starts, counts, masks = starts[rows], counts[rows], masks[rows]
-        S, T = int(counts.max()), int((starts + counts).max())
-        bias = np.full((len(counts), S, T), -np.inf, np.float32)  # added to the attention logits
-        for b, start, n, mask in zip(bias, starts, counts, masks):
-            b[:n, :start] = 0
-            b[:n, start:start + n][mask] = 0
-            b[n:, 0] = 0  # padding sees something, so that no softmax is of nothing
-        groups = c.n_heads // c.n_kv_heads
-        self.bias = torch.from_numpy(bias)[:, None].repeat(1, 1, groups, 1).to(device)
-        self.tokens = slice(before, before + counts.sum())
-        row = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
-        self.place = torch.from_numpy(row * S + within).to(device)  # of each token, padded
-        self.rows, self.T, self.kv, self.shape = rows, T, c.n_kv_heads, (len(counts), S)
+    -> attend(q (N, heads, head_dim), k and v (rows, kv heads, length, head_dim)) -> (n, …)
+    """
+    first, (starts, counts, masks) = counts[:rows.start].sum(), (
+        x[rows] for x in (starts, counts, masks))
+    b, S, T = len(counts), int(counts.max()), int((starts + counts).max())
+    bias = np.full((b, S, T), -np.inf, np.float32)  # added to the attention logits
+    for row, start, n, mask in zip(bias, starts, counts, masks):
+        row[:n, :start] = 0
+        row[:n, start:start + n][mask] = 0
+        row[n:, 0] = 0  # padding sees something, so that no softmax is of nothing
+    # The G query heads that share a kv head become G·S queries of it.
+    bias = torch.from_numpy(bias)[:, None].repeat(1, 1, c.n_heads // c.n_kv_heads, 1).to(device)
+    place = np.nonzero((np.arange(S) < counts[:, None]).ravel())[0]  # of each token, padded
+    place, tokens = torch.from_numpy(place).to(device), slice(first, first + counts.sum())
 
-    def attend(self, q, k, v):
-        """q (N, heads, head_dim); k, v (rows, kv heads, length, head_dim) -> (n, …)"""
-        (b, S), (_, heads, head_dim) = self.shape, q.shape
-        padded = q.new_zeros(b * S, heads, head_dim)
-        padded[self.place] = q[self.tokens]
-        # The G query heads that share a kv head become G·S queries of it.
-        grouped = padded.view(b, S, self.kv, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        k, v = (cached[self.rows, :, :self.T] for cached in (k, v))
-        o = F.scaled_dot_product_attention(grouped.to(k.dtype), k, v, self.bias.to(k.dtype))
-        o = o.unflatten(2, (-1, S)).permute(0, 3, 1, 2, 4).reshape(b * S, heads, head_dim)
-        return o[self.place]
+    def attend(q, k, v):
+        padded = q.new_zeros(b * S, *q.shape[1:])
+        padded[place] = q[tokens]
+        q = padded.view(b, S, c.n_kv_heads, -1, q.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        k, v = (cached[rows, :, :T] for cached in (k, v))
+        o = F.scaled_dot_product_attention(q.to(k.dtype), k, v, bias.to(k.dtype))
+        o = o.unflatten(2, (-1, S)).permute(0, 3, 1, 2, 4).reshape(padded.shape)
+        return o[place]
+
+    return attend
 
 
 class Cache:

@@ -26,10 +26,10 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
     """Train for `updates` steps of loss_of(step) -> (loss, {metric: (sum, count)}). -> log
 
     The learning rate rises over the first 5 % of the updates, then falls linearly to 0. The loss
-    must depend on the step and the weights alone: then a run that was killed and continued from the
-    file `state` equals an undisturbed one. The log holds means of the metrics over about 20
-    stretches, each with what watch() -> {metric: value} says at its end. Of several ranks each
-    returns its part of the loss. UserError where the loss is no finite number.
+    must depend on the step and the weights alone: then a run that was killed and continued from
+    the file `state` equals an undisturbed one. The log: means of the metrics over about 20
+    stretches, each with what watch() -> {metric: value} says at its end. Each rank returns its
+    part of the loss.
     """
     optimizers = optimizers_of(model, lr, weight_decay)
     step, log, sums = _load_state(state, model, optimizers)
@@ -76,10 +76,9 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
 
 
 def optimizers_of(model, lr, weight_decay):
-    """Muon for the matrices inside the layers, AdamW for the rest, at one learning rate.
+    """Muon, its updates scaled to AdamW's size, for the layers' matrices; AdamW for the rest.
 
-    Muon's updates are scaled to the size of AdamW's. In-context copying, the bottleneck of SFT
-    here, is learned in a fraction of the updates that AdamW alone needs (docs/results.md).
+    In-context copying is learned in a fraction of AdamW's updates (docs/results.md).
     """
     inner = {p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
     rest = [p for p in model.parameters() if p not in inner]
@@ -90,11 +89,11 @@ def optimizers_of(model, lr, weight_decay):
 
 
 def _save_state(path, model, optimizers, step, log, sums):
-    tensors = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors = {}
     for name, p in model.named_parameters():
-        for optimizer in optimizers:
-            for kind, value in optimizer.state.get(p, {}).items():
-                tensors[f"{kind} {name}"] = value.contiguous()
+        tensors[f"weight {name}"] = p.detach().contiguous()
+        for kind, x in (m for o in optimizers for m in o.state.get(p, {}).items()):
+            tensors[f"{kind} {name}"] = x.contiguous()
     progress = {"progress": json.dumps({"step": step, "log": log, "sums": sums})}
     write_file(path, lambda p: save_file(tensors, str(p), metadata=progress))
 
@@ -103,18 +102,19 @@ def _load_state(path, model, optimizers):
     """-> (step, log, sums) of an interrupted training, its weights and moments loaded."""
     if not Path(path).exists():
         return 0, [], {}
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
     try:
         with safe_open(str(path), "pt") as f, torch.no_grad():
-            stored = {}
+            progress = json.loads(f.metadata()["progress"])
             for full in f.keys():
                 kind, name = full.split(" ", 1)
-                stored.setdefault(name, {})[kind] = f.get_tensor(full)
-            progress = json.loads(f.metadata()["progress"])
-            owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-            for name, p in model.named_parameters():
-                p.copy_(stored[name].pop("weight"))
-                if stored[name]:
-                    owner[p].state[p] = {k: v.to(p.device) for k, v in stored[name].items()}
-    except Exception as error:  # of safetensors, JSON, or a missing tensor
-        raise UserError(f"{path}: damaged ({error!r}); delete it to start the stage again") from error
+                p, x = parameters[name], f.get_tensor(full)
+                if kind == "weight":
+                    p.copy_(x)
+                else:
+                    owner[p].state[p][kind] = x.to(p.device)
+    except Exception as error:  # of safetensors, JSON, or a missing name
+        raise UserError(f"{path}: damaged ({error!r}); delete it, and the same command starts the "
+                        "stage again") from error
     return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}

@@ -17,8 +17,6 @@ from optim import optimise, random_batches
 from qestimate import pearson
 from utils import generator, mine, pad
 
-# --- losses, pure functions of tensors -----------------------------------------------------------
-
 
 def bce_loss(f, q_hat, weight):
     """Soft binary cross-entropy of Q = σ(f) against Q̂, summed (P1, section 2.2, eq. 2).
@@ -41,30 +39,30 @@ def bt_loss(f_better, f_worse):
 def promise_progress_loss(M, q_hat, advantage, beta):
     """(M_t − Q̂_t)² + β((M_t − M_{t−1}) − Â_t)² of one trajectory, all (T,) (P2). -> (T,)
 
-    The second term is left out at t = 0. The gradient goes through M_{t−1} too.
+    No second term at t = 0. The gradient goes through M_{t−1} too.
     """
     progress = (M[1:] - M[:-1] - advantage[1:]) ** 2
     return (M - q_hat) ** 2 + beta * F.pad(progress, (1, 0))
 
 
-# --- objectives ----------------------------------------------------------------------------------
+def hidden(prm, trajectories):
+    """Hidden states of whole trajectories. -> (B, S, D)"""
+    ids = pad([t.ids for t in trajectories]).to(prm.device)  # (B, S)
+    return prm.ragged(ids, torch.tensor([len(t.ids) for t in trajectories]))
 
-def at_actions(prm, trajectories):
+
+def at_actions(prm, trajectories, h=None):
     """f(s_t, a_t) at every action, read at its <end>: list of B tensors (T,)."""
-    h = _hidden(prm, trajectories)
+    h = hidden(prm, trajectories) if h is None else h
     rows = [torch.from_numpy(t.spans[:, 1].astype(np.int64) - 1) for t in trajectories]
     return [prm.scores(h[b, ends.to(h.device)]) for b, ends in enumerate(rows)]
 
 
-def at_start(prm, trajectories):
+def at_start(prm, trajectories, h=None):
     """f at the <act> before the first action, which P2 reads as v_0. -> (B,)"""
-    start = torch.tensor([int(t.spans[0, 0]) - 1 for t in trajectories], device=prm.device)
-    return prm.scores(_hidden(prm, trajectories)[torch.arange(len(trajectories)), start])
-
-
-def _hidden(prm, trajectories):
-    ids = pad([t.ids for t in trajectories]).to(prm.device)  # (B, S)
-    return prm.ragged(ids, torch.tensor([len(t.ids) for t in trajectories]))  # (B, S, D)
+    h = hidden(prm, trajectories) if h is None else h
+    start = [int(t.spans[0, 0]) - 1 for t in trajectories]
+    return prm.scores(h[range(len(start)), start])
 
 
 def bce_objective(trajectories, labels):
@@ -84,10 +82,7 @@ def bce_objective(trajectories, labels):
 
 
 def bt_objective(trajectories, pairs, tokenizer):
-    """f higher for the better action of a state, by `bt_loss`.
-
-    pairs: of each trajectory [(number of its action a⁺, ids of a⁻)], from `preference_pairs`.
-    """
+    """f higher for the better action of a state, by `bt_loss`; pairs as from `preference_pairs`."""
     def objective(prm, picked, share, step):
         states = []
         for b, i in enumerate(picked):
@@ -110,13 +105,13 @@ def bt_objective(trajectories, pairs, tokenizer):
 def promise_progress_objective(trajectories, targets, beta=1.0):
     """Promise M = σ(f) near Q̂ and its change near Â by `promise_progress_loss` (P2).
 
-    targets(i, M (T,), v_0) -> Q̂ (T,), Â (T,), arrays: of trajectory i, given the current PRM.
+    targets(i, M (T,), v_0) -> Q̂ (T,), Â (T,): of trajectory i, given the current PRM.
     """
     def objective(prm, picked, share, step):
         batch = [trajectories[i] for i in picked]
-        M = [f.sigmoid() for f in at_actions(prm, batch)]
-        with torch.no_grad():
-            v_0 = at_start(prm, batch).sigmoid().tolist()
+        h = hidden(prm, batch)
+        M = [f.sigmoid() for f in at_actions(prm, batch, h)]
+        v_0 = at_start(prm, batch, h.detach()).sigmoid().tolist()
         losses = []
         for i, m, v in zip(picked, M, v_0):
             q_hat, advantage = (torch.from_numpy(x).to(m)
@@ -128,8 +123,6 @@ def promise_progress_objective(trajectories, targets, beta=1.0):
     mean_length = np.mean([len(t) for t in trajectories])
     return objective
 
-
-# --- training and scores -------------------------------------------------------------------------
 
 @dataclass
 class Fit:
@@ -177,9 +170,8 @@ def pair_accuracy(prm, trajectories, pairs, tokenizer):
 def validation_metrics(prm, trajectories, labels, returns, bins=10):
     """How good is Q on trajectories it has not seen?
 
-    labels: [(q_hat, weight)] of those trajectories, returns (N,) of all their actions. Calibration
-    is against discounted returns: (mean Q, mean return, actions) by bins of Q; `ece` is the mean
-    gap between the two. `excess_bce`: BCE less the labels' own entropy.
+    labels: as for `bce_objective`; returns (N,) of all actions. Calibration: (mean Q, mean return,
+    actions) by bins of Q; `ece`: the mean gap. `excess_bce`: BCE less the labels' own entropy.
     """
     f = torch.from_numpy(np.concatenate(score(prm, trajectories)))
     q_hat, weight = (torch.from_numpy(np.concatenate([pair[k] for pair in labels])) for k in (0, 1))

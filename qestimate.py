@@ -3,7 +3,7 @@
     labels = labels_of(trajectories, q_table(trajectories, tokenizer, gamma=0.95))
 
 A state is the text of its history, so episodes of different games whose texts agree so far share
-their returns. `td_gae` and `sarsa` bootstrap on the PRM's own values instead (P2).
+their returns. `td_gae` bootstraps on the PRM's own values instead (P2).
 """
 
 import hashlib
@@ -21,8 +21,7 @@ def returns(trajectory, gamma):
 def history_keys(trajectory, tokenizer):
     """64-bit hashes of the states s_t and of the pairs (s_t, a_t), two (T,) uint64 arrays.
 
-    They hash text: equal text gives equal keys, however it is split into tokens. Spaces around an
-    action do not count.
+    Of text: however it is split into tokens, and without the spaces around an action.
     """
     history, number = hashlib.blake2b(digest_size=8), lambda h: int.from_bytes(h.digest(), "little")
     states, pairs, seen, ids = [], [], 0, trajectory.ids
@@ -62,8 +61,7 @@ def preference_pairs(trajectories, table, gap):
 
     Each distinct (s, a⁺, a⁻) occurs once, in the first trajectory that took a⁺ at s.
     -> for each trajectory a list of (k, ids of a⁻ with its <end>), a⁺ being its action k;
-    {"pairs", "states": how many have a pair, "dropped": how many states have none}
-    """
+    {"pairs", "states": how many have a pair, "dropped": how many states have none}"""
     owner = [(i, k) for i, t in enumerate(trajectories) for k in range(len(t))]
     _, first = np.unique(table["pair"], return_index=True)  # first occurrence of each (s, a)
     of_state = {}
@@ -85,25 +83,13 @@ def td_gae(M, v_0, R, gamma, lam):
 
     M (T,): promise M_t = M(s_t, a_t), M_{t−1} standing for V(s_t); v_0: value of the first state;
     R: final reward. δ_t = γ M_t − M_{t−1}, the last one R − M_{T−2}; Â_t = Σ_k (γλ)^k δ_{t+k}.
-    -> Q̂_t = M_{t−1} + Â_t and Â_t, each (T,)
-    """
+    -> Q̂_t = M_{t−1} + Â_t and Â_t, each (T,)"""
     before = np.concatenate([[v_0], M[:-1]])
     delta = np.concatenate([gamma * M[:-1], [R]]) - before
     advantage, ahead = np.zeros(len(M)), 0.0
     for t in reversed(range(len(M))):
         advantage[t] = ahead = delta[t] + gamma * lam * ahead
     return before + advantage, advantage
-
-
-def sarsa(M, v_0, R, gamma, lam):
-    """As `td_gae`, by ordinary SARSA(λ): Q̂_t = γ((1−λ) M_{t+1} + λ Q̂_{t+1}), Q̂_{T−1} = R.
-
-    -> Q̂_t and Q̂_t − M_{t−1}, each (T,)
-    """
-    q_hat = np.full(len(M), R, np.float64)
-    for t in reversed(range(len(M) - 1)):
-        q_hat[t] = gamma * ((1 - lam) * M[t + 1] + lam * q_hat[t + 1])
-    return q_hat, q_hat - np.concatenate([[v_0], M[:-1]])
 
 
 def pearson(x, y):

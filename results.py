@@ -13,14 +13,11 @@ from utils import rank, read_json, write_json
 
 SHOWN = 6  # candidates of a state that `narrate` prints
 
-# --- many episodes -------------------------------------------------------------------------------
-
 
 def summarise(episodes, games):
     """Success, its 95 % interval and mean actions (over all episodes), in all and by task type.
 
-    episodes: list of {"game", "won", "actions"}. -> {"games", "success", "interval",
-    "mean_actions", "by_task": {task type: the same}}
+    episodes: list of {"game", "won", "actions"}; "by_task" holds the same for each task type.
     """
     def share(part):
         return {"games": len({e["game"] for e in part}), "success": mean(e["won"] for e in part),
@@ -103,10 +100,7 @@ def report(result, against, used):
 
 
 def final_table(c):
-    """Print π_0 … π_N of a run on every split; the best on dev goes to best/, all to result.json.
-
-    c: the run's Context, with its evaluations in the records of the stages eval-SPLIT.
-    """
+    """Print π_0 … π_N on every split; the best on dev goes to best/, all to result.json."""
     if rank():
         return
     evals = {(i, name[5:]): r for (i, name), r in c.run.records().items()
@@ -118,8 +112,10 @@ def final_table(c):
     for i in range(c.args.iters + 1):
         row, line, gains = {"iteration": i, "best": i == best}, "", []
         for s in splits:
-            r, gain = evals[i, s], paired_bootstrap(evals[0, s]["episodes"], evals[i, s]["episodes"])
-            row[s] = {k: v for k, v in r.items() if k not in ("episodes", "commit")} | {"gain": gain}
+            r = evals[i, s]
+            gain = paired_bootstrap(evals[0, s]["episodes"], r["episodes"])
+            row[s] = {k: v for k, v in (r | {"gain": gain}).items()
+                      if k not in ("episodes", "commit")}
             line += f"{r['success']:14.1%}{r['mean_actions']:6.1f} steps"
             gains.append(f"{s} {points(gain)}")
         rows.append(row)
@@ -135,8 +131,6 @@ def final_table(c):
     print(f"cap {c.args.max_steps}, temperature {c.args.temperature}, actions {c.args.actions}, "
           f"fast engine; * best on dev, in {c.run.path}/best", *lines, sep="\n")
 
-
-# --- one episode ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def explain(game, trajectory, policy, tokenizer, temperature, prm=None):

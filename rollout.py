@@ -4,8 +4,8 @@
 
 One forward pass an environment step: each row brings the world's last answer and the prefix tree
 of its next candidates (candidates.py). An episode that ends is replaced at once (continuous
-batching); episodes of one game share its encoded prompt. Every random number is keyed by (seed,
-game, episode, step), so an episode does not depend on its neighbours in the batch.
+batching); episodes of one game share its encoded prompt. Random numbers are keyed by (seed, game,
+episode, step), so an episode does not depend on its neighbours in the batch.
 """
 
 import json
@@ -33,12 +33,9 @@ MAX_ACTION = 32  # tokens of a freely generated action; the longest command has 
 
 @dataclass
 class Trajectory:
-    """One episode. `ids` is the whole transcript, ending with the <end> of the last action.
-
-    T actions: those of the policy itself, without those of a demonstration it may start from.
-    """
+    """One episode; the T actions are the policy's own, not those of a demonstration before them."""
     game: str
-    ids: np.ndarray  # (L,) int32
+    ids: np.ndarray  # (L,) int32: the whole transcript, up to the <end> of the last action
     spans: np.ndarray  # (T, 2) int32: action t is ids[start:end], its <end> included
     choice: np.ndarray  # (T,) int32: its number among the candidates; -1: not admissible
     n_candidates: np.ndarray  # (T,) int32
@@ -71,8 +68,7 @@ class Turn:
     """What an agent sees of the B states at which it has to act; `act` functions get it.
 
     log_pi (B, C), f (B, C) or None without a PRM, trees: the candidates, names (4, B): RNG keys.
-    For those that look ahead: the policy, its cache, and for each state its cache row and the
-    tokens in it.
+    For look-ahead: the policy, its cache, and each state's cache row and number of tokens in it.
     """
     log_pi: torch.Tensor
     f: torch.Tensor | None
@@ -133,23 +129,23 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
         chains = [row.ids[n:] if row else [] for row, n in zip(rows, lengths)]
         names = np.array([(seed, key(rows[i].episode.game.id), rows[i].episode.number,
                            len(rows[i].taken)) for i in live]).T
+        own = [rows[i] for i in live]
         if act is None:
             h = policy.extend(caches[0], lengths, chains)
             ends = np.cumsum([len(c) for c in chains])[live] - 1
-            lengths[live] = [len(rows[i].ids) for i in live]
+            lengths[live] = [len(row.ids) for row in own]
             actions, logp = generate(policy, caches[0], live, lengths, h[ends], temperature, names)
             commands = [tokenizer.decode(ids).strip() for ids in actions]
-            chosen = [rows[i].commands.index(c) if c in rows[i].commands else -1
-                      for i, c in zip(live, commands)]
+            chosen = [row.commands.index(command) if command in row.commands else -1
+                      for row, command in zip(own, commands)]
         else:
-            trees = [prefix_tree(rows[i].commands, tokenizer) for i in live]
+            trees = [prefix_tree(row.commands, tokenizer) for row in own]
             log_pi = extend(policy, caches[0], lengths, chains, trees, temperature)
             f = extend(prm, caches[1], lengths, chains, trees) if prm else None
-            lengths[live] = [len(rows[i].ids) for i in live]
-            picked = act(Turn(log_pi, f, trees, names, [rows[i].ids for i in live], policy,
+            lengths[live] = [len(row.ids) for row in own]
+            picked = act(Turn(log_pi, f, trees, names, [row.ids for row in own], policy,
                               tokenizer, caches[0], live, lengths))
-            logp = log_pi.gather(1, picked[:, None])[:, 0].tolist()
-            chosen = picked.tolist()
+            logp, chosen = log_pi.gather(1, picked[:, None])[:, 0].tolist(), picked.tolist()
             paths = [tree.paths[c] for tree, c in zip(trees, chosen)]
             actions = [tree.ids[path].tolist() for tree, path in zip(trees, paths)]
             commands = [tree.commands[c] for tree, c in zip(trees, chosen)]
@@ -247,19 +243,14 @@ def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most
 
     lengths (all rows,): tokens in the cache, left as they are. names (k, B): RNG keys. last: <end>
     for an action, <act> for an answer of the world; it is the only choice for token number `most`.
-    The cache gets all tokens but `last`. -> ids without `last`, log-probabilities (B,) with it
-    """
+    -> ids without `last`, which the cache gets, and log-probabilities (B,) with it"""
     out, logp, going = [[] for _ in rows], np.zeros(len(rows)), np.arange(len(rows))
     lengths, special = lengths.copy(), [i for i in range(len(SPECIAL)) if i != last]
     for k in range(most - 1):
         logits = policy.logits(h).float()
         logits[:, special] = -torch.inf
-        if temperature == 0:
-            log_p = torch.log_softmax(logits, -1)
-            tokens = log_p.argmax(-1)
-        else:
-            log_p = torch.log_softmax(logits / temperature, -1)
-            tokens = draw(log_p, uniform(*names[:, going], k))
+        log_p = torch.log_softmax(logits / (temperature or 1.0), -1)
+        tokens = draw(log_p, uniform(*names[:, going], k)) if temperature else log_p.argmax(-1)
         logp[going] += log_p.gather(1, tokens[:, None])[:, 0].double().cpu().numpy()
         tokens = tokens.cpu().numpy()
         going, tokens = going[tokens != last], tokens[tokens != last]
@@ -281,27 +272,26 @@ def play_shards(shards, folder, device, workers, **options):
 
     A shard is the same whoever plays it, before or after a kill: one thread, its own batch, random
     numbers by key. Yields, many times, how many episodes have ended and how many were won.
-    UserError if a worker process dies.
     """
     missing = [shard for shard in shards if not shard[0].exists()]
     done = [t.won for file, _ in shards if file.exists() for t in load_trajectories(file)]
-    ended = np.array([len(done), sum(done)])
-    yield ended
     workers, context = max(1, min(workers, len(missing))), get_context("spawn")
     counters = [context.Array("q", 2, lock=False) for _ in range(workers)]
+    count = lambda: np.sum([(len(done), sum(done)), *counters], axis=0)
     processes = [context.Process(target=_play, daemon=True, args=(
         os.getpid(), missing[w::workers], folder, str(device), counters[w], options))
         for w in range(workers) if missing]
+    yield count()
     try:
         for process in processes:
             process.start()
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
             wait([p.sentinel for p in processes if p.is_alive()], 0.2)
-            yield ended + np.sum(counters, axis=0)
+            yield count()
         if any(p.exitcode for p in processes):
             raise UserError("a process that played rollouts has died; the same command continues "
                             "from the last whole shard")
-        yield ended + np.sum(counters, axis=0)
+        yield count()
     finally:
         for process in processes:
             if process.pid:

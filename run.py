@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from fast_alfworld import fit_prior
+from fast_alfworld import fit_prior, training_games
 from rollout import sample
 from utils import (UserError, cpu_count, rank, read_json, read_model, wait_for_ranks, write_file,
                    write_json)
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, path, flags, games, free=()):
         """Start or continue a run: flags {name: value} and games {split: fingerprint}.
 
-        UserError where they differ from those of the run that is continued, `free` ones excepted.
+        UserError where they differ from the run that is continued, `free` ones excepted.
         """
         self.path, config = Path(path), Path(path, "config.json")
         new = {"flags": flags, "games": games}
@@ -121,6 +121,13 @@ class Run:
                        "core_seconds": round(old["core_seconds"] + core_seconds, 2),
                        "peak_mb": max(old["peak_mb"], round(peak / 1e6))}
         write_json(self.path / "state.json", costs)
+
+
+def games_of(args, steps):
+    """-> the train games, dev (held out of them by task folder), {test split: games}"""
+    splits = filter(None, args.test_splits.split(","))
+    return training_games(args.games, args.data, args.n_generated, splits,
+                          lambda some: steps.games(args, some))
 
 
 @dataclass

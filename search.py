@@ -6,8 +6,7 @@
     beam_search(policy, prm, tokenizer, episodes, keep=4, expand=4)   # P2, step-level beams
     best_episodes(prm, trajectories, 16)                              # P2, whole episodes
 
-The first three are `act` functions of rollout.py; beam search needs a world whose state can be
-restored. None of them looks at rewards. Q = σ(f), so f is compared; ties go to the first.
+None of them looks at rewards. Q = σ(f), so f is compared; ties go to the first.
 """
 
 import json
@@ -33,9 +32,8 @@ MAX_ANSWER = 96  # tokens of an imagined answer, <act> included; of 4,000 real o
 def read_prm(folder, tokenizer, device="cpu", within_state=False):
     """Read a PRM to act with. UserError if it does not fit the policy or the use.
 
-    within_state: it will compare actions of one state only. The f of a PRM trained by the relative
-    loss (BT) is defined up to a constant per state, InversePRM's falls towards the end of an
-    episode, and shaped labels are no values: such PRMs are refused for anything else.
+    within_state: it will compare actions of one state only. A PRM trained by BT, InversePRM or on
+    shaped labels is refused for anything else: its f is no value, and differs by state.
     """
     prm, own = read_model(folder, device, "score")
     if own.tokens != tokenizer.tokens:
@@ -51,8 +49,6 @@ def read_prm(folder, tokenizer, device="cpu", within_state=False):
                         "actions of one state only; use --best-of or --act-beta")
     return prm
 
-
-# --- actions of one state ------------------------------------------------------------------------
 
 def draws(log_pi, names, n):
     """n samples a state, log_pi (B, C), names (4, B) -> (B, n). The first is that of `sample`."""
@@ -78,14 +74,11 @@ def tilted(beta):
     return sample if beta == np.inf else act
 
 
-# --- look-ahead ----------------------------------------------------------------------------------
-
 def look_ahead(prm, n, depth, temperature=0.3):
     """act: Best-of-n by imagined futures of equal depth D (P1, model-predictive reasoning).
 
-    The value of a candidate is γ^D Q of what the policy imagines after it: D answers of the world
-    and D actions, fewer where the context has no room. All candidates of a state share D, so γ^D
-    is left out.
+    A candidate's value is γ^D Q of what the policy imagines after it: D answers of the world and D
+    actions, fewer where the context has no room. All of a state share D, so γ^D is left out.
     """
     def act(turn):
         drawn = [list(dict.fromkeys(row)) for row in draws(turn.log_pi, turn.names, n).tolist()]
@@ -108,10 +101,8 @@ def imagine(turn, rows, actions, depths, temperature, keys):
     """What may follow each of n actions according to the policy's own language model.
 
     Action i (ids without <end>) stands behind cache row rows[i] of the turn. Then come, depths[i]
-    times, an answer of the world (its most probable tokens) and an action (sampled by keys (k, n)).
-    A transcript ends with the action that wins, so the policy has not learned that episodes end:
-    it imagines on. -> n lists of ids, without the last <end>
-    """
+    times, an answer of the world (its most probable tokens) and an action (sampled by keys (k, n));
+    also after a win, as transcripts end there. -> n lists of ids, without the last <end>"""
     cache, lengths = copy(turn.cache), turn.lengths[rows]
     cache.take(rows)  # of the copy; the rollout's own rows stay as they are
     futures = [[*ids.tolist(), END] for ids in actions]
@@ -132,8 +123,6 @@ def imagine(turn, rows, actions, depths, temperature, keys):
     return [ids[:-1] for ids in futures]
 
 
-# --- whole episodes ------------------------------------------------------------------------------
-
 def best_episodes(prm, trajectories, n):
     """Best-of-n over whole episodes (P2): of episodes 0 … n−1, n … 2n−1, … of each game, the one
     whose last action has the highest Q, cut by the step cap or not. -> list of Trajectory"""
@@ -143,8 +132,6 @@ def best_episodes(prm, trajectories, n):
         groups.setdefault((t.game, t.episode // n), []).append((f[-1], t))
     return [max(group, key=lambda x: x[0])[1] for group in groups.values()]
 
-
-# --- beams ---------------------------------------------------------------------------------------
 
 @dataclass
 class Beam(Row):

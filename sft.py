@@ -64,10 +64,8 @@ def demonstrations(games, prior, demos, tokenizer):
 
 
 def as_trajectory(game, demo, tokenizer, seed, number, context=Config.max_len):
-    """A Demonstration as a rollout would be stored -> (Trajectory, trained (T,) bool).
-
-    Like a rollout it is cut where it would outgrow the model's context.
-    """
+    """A Demonstration as a rollout would be stored, cut where it would outgrow the model's context.
+    -> (Trajectory, trained (T,) bool)"""
     ids, spans = list(tokenizer.prompt(*split_intro(demo.observation))), []
     for step in demo.steps:
         action = (*tokenizer.encode(step.action), END)
@@ -96,10 +94,8 @@ def token_weights(trajectory, trained, obs_weight):
 
 
 def sft_loss(logits, targets, weights, total):
-    """Weighted cross-entropy of next tokens: logits (N, V), targets and weights (N,). -> scalar
-
-    total: the weight to divide by, that of the whole batch.
-    """
+    """Weighted cross-entropy of next tokens: logits (N, V), targets and weights (N,), over `total`,
+    the weight of the whole batch. -> scalar"""
     return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / total
 
 

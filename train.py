@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 import dpo
 import prm as prms
-from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder, training_games
+from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder
 from inverse_prm import inverse_objective
 from model import Config, Transformer
-from qestimate import labels_of, preference_pairs, q_table, returns, sarsa, td_gae
+from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
-from run import Context, Run
+from run import Context, Run, games_of
 from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
 from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
                    generator, join_ranks, key, mine, pick_device, read_model, save_model,
@@ -52,11 +52,6 @@ def main():
 
 # --- the named steps: an ablation's function of the same name takes the place of one --------------
 
-def games(args, some):
-    """The train games, and those of dev, that are used. -> [Game]"""
-    return some
-
-
 def tokenizer(c):
     """The vocabulary of π_0, and so of all models. -> Tokenizer"""
     return train_tokenizer(c.train, c.prior, c.args.seed)
@@ -66,16 +61,6 @@ def demonstrations_(c):
     """What π_0 learns from, and InversePRM's expert. -> [(Trajectory, trained (T,) bool)]"""
     demos = Demos(c.args.demos, c.args.seed, c.args.max_steps)
     return demonstrations(c.train, c.prior, demos, c.tokenizer)
-
-
-def start_states(c, i, episodes):
-    """Where the rollouts of iteration i start. -> [Episode]"""
-    return episodes
-
-
-def trajectories(c, i, played):
-    """What is learned from the rollouts that were played. -> [Trajectory]"""
-    return played
 
 
 def labels(c, i, some):
@@ -97,47 +82,40 @@ def prm_loss(c, i, some, hide_ends=False):
     if args.prm_loss == "bt":
         table = q_table(some, c.tokenizer, args.gamma)
         return prms.bt_objective(some, preference_pairs(some, table, DELTA)[0], c.tokenizer)
+    if args.targets == "td-gae":  # P2: from the current PRM
+        return prms.promise_progress_objective(
+            some, lambda n, M, v_0: td_gae(M, v_0, some[n].reward, args.gamma, 0.95))
     if args.prm_loss == "promise-progress":
-        return prms.promise_progress_objective(some, promise_targets(c, i, some))
+        q = [q_hat for q_hat, _ in c.steps.labels(c, i, some)]
+        return prms.promise_progress_objective(
+            some, lambda n, M, v_0: (q[n], np.diff(q[n], prepend=q[n][:1])))
     return prms.bce_objective(some, c.steps.labels(c, i, some))
 
 
-def start_prm(c, i, policy):
-    """The PRM before training: π_{i−1} with a scalar head. None in its place: there is no PRM."""
-    return policy.with_score_head()
-
-
 def judge(c, i, prm):
-    """What scores the candidates in stage 3. -> judge(sequences, states) -> Q (B, C)
+    """What scores the candidates in stage 3: judge(sequences, states) -> Q (B, C).
 
-    prm: Q_i, or None where there is none. None is returned where the policy loss asks for no Q.
+    prm: Q_i, or None where there is none. -> None where the policy loss asks for no Q
     """
     return dpo.prm_judge(prm, bounded=absolute(c.args))
 
 
-def policy_loss(c, i, some):
-    """The loss of stage 3 on some trajectories. -> loss(Batch, settings) -> losses (B,), metrics"""
-    return dpo.policy_loss
-
-
-STEPS = {"games": games, "tokenizer": tokenizer, "demonstrations": demonstrations_,
-         "start_states": start_states, "trajectories": trajectories, "labels": labels,
-         "prm_loss": prm_loss, "start_prm": start_prm, "judge": judge, "policy_loss": policy_loss}
+STEPS = {
+    "games": lambda args, some: some,  # those of train, or of dev, that are used -> [Game]
+    "tokenizer": tokenizer,
+    "demonstrations": demonstrations_,
+    "start_states": lambda c, i, episodes: episodes,  # where rollouts start -> [Episode]
+    "trajectories": lambda c, i, played: played,  # what is learned from -> [Trajectory]
+    "labels": labels,
+    "prm_loss": prm_loss,
+    "start_prm": lambda c, i, policy: policy.with_score_head(),  # None in its place: no PRM
+    "judge": judge,
+    "policy_loss": lambda c, i, some: dpo.policy_loss}  # (Batch, settings) -> losses (B,), metrics
 
 
 def absolute(args):
     """Is Q = σ(f) an estimate of Q̂? BT and InversePRM leave f open up to a constant per state."""
     return args.algo == "agentprm" and args.prm_loss != "bt"
-
-
-def promise_targets(c, i, some):
-    """P2's labels: TD + GAE from the current PRM, or Monte Carlo with its differences."""
-    args = c.args
-    if args.targets != "mc":
-        bootstrapped = td_gae if args.targets == "td-gae" else sarsa
-        return lambda n, M, v_0: bootstrapped(M, v_0, some[n].reward, args.gamma, 0.95)
-    q_hats = [q_hat for q_hat, _ in c.steps.labels(c, i, some)]
-    return lambda n, M, v_0: (q_hats[n], np.diff(q_hats[n], prepend=q_hats[n][:1]))
 
 
 # --- the stages ----------------------------------------------------------------------------------
@@ -147,18 +125,17 @@ def supervised(c):
     args, folder = c.args, c.run.path / "iter0/policy"
 
     def make(state):
+        log = []
         if args.init:
             policy, c.tokenizer = read_model(args.init, c.device)
-            log = []
         else:
             c.tokenizer = c.steps.tokenizer(c)
             torch.manual_seed(key(f"policy {args.seed}"))
             heads = args.dim // 32
-            kv_heads = heads if heads % 2 else heads // 2
-            policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads, kv_heads,
-                                        3 * args.dim)).to(c.device)
+            policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads,
+                                        heads if heads % 2 else heads // 2, 3 * args.dim))
             settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
-            log = train_sft(policy, c.demonstrations, settings, args.seed, state)
+            log = train_sft(policy.to(c.device), c.demonstrations, settings, args.seed, state)
         save_model(folder, policy, c.tokenizer)
         return {"parameters": policy.n_parameters(), "log": log}
 
@@ -174,10 +151,10 @@ def roll_out(c, i):
         lap, place = divmod(g, len(order))
         episodes += [Episode(c.train[order[place]], lap * each + k) for k in range(each)]
     episodes = c.steps.start_states(c, i, episodes[:args.rollouts])
-    played = play(c, i, "rollouts", episodes, i - 1, key(f"rollouts {args.seed} {i}"), lambda some: {
-        "episodes": len(some), "success": float(np.mean([t.won for t in some])),
-        "mean_actions": float(np.mean([len(t) for t in some]))})
-    return c.steps.trajectories(c, i, played)
+    return c.steps.trajectories(c, i, play(
+        c, i, "rollouts", episodes, i - 1, key(f"rollouts {args.seed} {i}"), lambda played: {
+            "episodes": len(played), "success": float(np.mean([t.won for t in played])),
+            "mean_actions": float(np.mean([len(t) for t in played]))}))
 
 
 def play(c, i, name, episodes, policy, seed, summary):
@@ -207,26 +184,25 @@ def play(c, i, name, episodes, policy, seed, summary):
 
 def train_prm(c, i, some, name="prm"):
     """Stage 2: Q_i learns from the rollouts; those of some task folders are held out."""
-    args, folder = c.args, c.run.path / f"iter{i}/{name}"
+    args = c.args
     if c.steps.start_prm is None:
         return
     held = held_out(args, some)
-    part = {out: [t for t in some if (task_folder(t.game) in held) == out] for out in (False, True)}
+    learned, new = ([t for t in some if (task_folder(t.game) in held) == out]
+                    for out in (False, True))
 
     def make(state):
-        prm = c.steps.start_prm(c, i, c.policy(i - 1))
+        prm, objective = c.steps.start_prm(c, i, c.policy(i - 1)), c.steps.prm_loss(c, i, learned)
         settings = prms.Fit(lr=args.prm_lr, batch=args.prm_batch, epochs=args.prm_epochs)
-        objective = c.steps.prm_loss(c, i, part[False])
-        log = prms.fit(prm, len(part[False]), objective, settings,
-                       key(f"{name} {args.seed} {i}"), state, f"PRM {i}")
-        save_model(folder, prm, c.tokenizer)
-        table = q_table(part[True], c.tokenizer, args.gamma)
-        pairs, _ = preference_pairs(part[True], table, DELTA)
-        gained = np.concatenate([returns(t, args.gamma) for t in part[True]])
-        metrics = prms.validation_metrics(prm, part[True], labels_of(part[True], table), gained)
+        log = prms.fit(prm, len(learned), objective, settings, key(f"{name} {args.seed} {i}"),
+                       state, f"PRM {i}")
+        save_model(c.run.path / f"iter{i}/{name}", prm, c.tokenizer)
+        table = q_table(new, c.tokenizer, args.gamma)
+        pairs, _ = preference_pairs(new, table, DELTA)
+        gained = np.concatenate([returns(t, args.gamma) for t in new])
+        metrics = prms.validation_metrics(prm, new, labels_of(new, table), gained)
         return {"validation": metrics if absolute(args) else None,
-                "pair_accuracy": prms.pair_accuracy(prm, part[True], pairs, c.tokenizer),
-                "log": log}
+                "pair_accuracy": prms.pair_accuracy(prm, new, pairs, c.tokenizer), "log": log}
 
     c.run.once(f"iter{i}/{name}", make)
 
@@ -278,16 +254,10 @@ def set_up():
     device = pick_device(args.device)
     set_up_torch(args.threads)
     train, dev, test = games_of(args, steps)
-    prints = {split: fingerprint(some) for split, some in {"train": train, "dev": dev, **test}.items()}
-    run = Run(args.out, vars(args), prints, free=("out", "threads", "device", "data", "iters"))
+    games = {"train": train, "dev": dev, **test}
+    run = Run(args.out, vars(args), {split: fingerprint(some) for split, some in games.items()},
+              free=("out", "threads", "device", "data", "iters"))
     return Context(args, steps, run, device, train, dev, test)
-
-
-def games_of(args, steps):
-    """-> the train games, dev (held out of them by task folder), {test split: games}"""
-    return training_games(args.games, args.data, args.n_generated,
-                          filter(None, args.test_splits.split(",")),
-                          lambda some: steps.games(args, some))
 
 
 SMOKE = {"games": "generated", "n_generated": 60, "demos": 64, "iters": 1, "rollouts": 64,
@@ -310,8 +280,7 @@ def parse(argv=None):
     add("--threads", None, "CPU threads and processes (default: all cores)", at_least_one)
     add("--ablation", "", "names of ablations/, separated by commas (default: none)")
     g.add_argument("--smoke", action="store_true", help="tiny settings, generated games")
-    choice("--algo", "agentprm learns from outcomes, inverseprm from demonstrations alone",
-           "agentprm", "inverseprm")
+    choice("--algo", "learn from outcomes, or from demonstrations alone", "agentprm", "inverseprm")
     choice("--actions", "choose among the candidates, or generate freely", "candidates", "free")
     add("--temperature", 0.3, "of rollouts and evaluation; 0 is greedy", a_temperature)
     add("--max-steps", 30, "actions after which an episode is cut", at_least_one)
@@ -334,9 +303,8 @@ def parse(argv=None):
     add("--rollouts-per-game", 16, "of them of each game", at_least_one)
     add("--gamma", 0.95, "discount", between(0, 1))
     g = parser.add_argument_group("stage 2: PRM")
-    choice("--prm-loss", "P1's soft BCE or Bradley-Terry, P2's promise and progress",
-           "bce", "bt", "promise-progress")
-    choice("--targets", "of promise-progress: Monte Carlo or bootstrapped", "mc", "td-gae", "sarsa")
+    choice("--prm-loss", "P1's BCE or Bradley-Terry, or P2's loss", "bce", "bt", "promise-progress")
+    choice("--targets", "of promise-progress: Monte Carlo or bootstrapped", "mc", "td-gae")
     add("--prm-lr", prms.Fit.lr, "learning rate", rate)
     add("--prm-batch", prms.Fit.batch, "trajectories an update", at_least_one)
     add("--prm-epochs", prms.Fit.epochs, "epochs", between(1e-6, 1000))
@@ -344,7 +312,7 @@ def parse(argv=None):
     choice("--improve", "distil the closed form π·exp(Q/β), or online DPO", "exact", "dpo")
     choice("--labels", "of dpo: the better sample is chosen, or σ(Q_a − Q_b)", "hard", "soft")
     add("--beta", dpo.Improve.beta, "weight of the KL to the reference", between(1e-9, 1e9))
-    add("--kl", dpo.Improve.kl, "of the exact KL at every state, added to the loss", between(0, 1e9))
+    add("--kl", dpo.Improve.kl, "weight of the KL at every state in the loss", between(0, 1e9))
     choice("--ref", "reference policy: π_{i−1} or π_0", "prev", "init")
     add("--dpo-lr", dpo.Improve.lr, "learning rate", rate)
     add("--updates", dpo.Improve.updates, "updates", at_least_one)
@@ -362,23 +330,21 @@ def finish(parser, argv):
         steps, checks = importlib.import_module("ablations").load(names, parser, steps)
     if "--smoke" in argv:
         parser.set_defaults(**SMOKE)
-    args = parser.parse_args(argv)
+    a = parser.parse_args(argv)
     for wrong, complaint in (
-            (args.dim % 32, f"--dim {args.dim}: must be a multiple of 32"),
-            (args.actions == "free" and args.iters, "--actions free: for π_0 alone (--iters 0)"),
-            (args.init and not Path(args.init).is_dir(), f"--init {args.init}: no model there"),
-            ("dev" in args.test_splits.split(","), "--test-splits dev: dev is always evaluated"),
-            (args.algo == "inverseprm" and args.prm_loss != "bce",
-             f"--prm-loss {args.prm_loss}: InversePRM has a loss of its own"),
-            (args.targets != "mc" and args.prm_loss != "promise-progress",
-             f"--targets {args.targets}: needs --prm-loss promise-progress"),
-            (args.labels != "hard" and args.improve != "dpo",
-             f"--labels {args.labels}: needs --improve dpo")):
+            (a.dim % 32, f"--dim {a.dim}: must be a multiple of 32"),
+            (a.actions == "free" and a.iters, "--actions free: for π_0 alone (--iters 0)"),
+            (a.init and not Path(a.init).is_dir(), f"--init {a.init}: no model there"),
+            ("dev" in a.test_splits.split(","), "--test-splits dev: dev is always evaluated"),
+            (a.prm_loss != "bce" and a.algo != "agentprm", "--prm-loss: inverseprm has its own"),
+            (a.targets != "mc" and a.prm_loss != "promise-progress",
+             f"--targets {a.targets}: needs --prm-loss promise-progress"),
+            (a.labels != "hard" and a.improve != "dpo", "--labels soft: needs --improve dpo")):
         if wrong:
             raise UserError(complaint)
     for check in checks:
-        check(args)  # UserError where the flags leave the ablation nothing to change
-    return args, SimpleNamespace(**steps)
+        check(a)  # UserError where the flags leave the ablation nothing to change
+    return a, SimpleNamespace(**steps)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {words.get(str(action.default), action.default)})"
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, action.dest.upper())
+        kind = getattr(action.type, "__name__", None)
+        return {"int": "N", "float": "X"}.get(kind, action.dest.upper())
 
 
 def between(low, high=math.inf, kind=float):
@@ -130,8 +131,6 @@ def end_with(parent):
         os._exit(1)
 
 
-# --- files, written whole and renamed into place -------------------------------------------------
-
 def write_file(path, write):
     """write(temporary path), then rename: a reader sees the old file or the whole new one."""
     path = Path(path)
@@ -160,7 +159,7 @@ def read_json(path):
 
 
 def read_model(folder, device="cpu", head="lm"):
-    """A folder written by `save_model` -> (model, tokenizer). head: "lm" (policy), "score" (PRM)."""
+    """A folder of `save_model` -> (model, tokenizer). head: "lm" (policy) or "score" (PRM)."""
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not Path(folder, name).exists():
             raise UserError(f"{folder}: no model there ({name} is missing)")
@@ -169,13 +168,12 @@ def read_model(folder, device="cpu", head="lm"):
     except Exception as error:  # each of the three files has errors of its own library
         raise UserError(f"{folder}: not a model of this program, or a damaged one "
                         f"({error!r})") from error
-    for wrong, complaint in (
-            (model.config.head != head, f"that is not a {'policy' if head == 'lm' else 'PRM'}"),
-            (model.config.vocab_size != len(tokenizer),
-             "its model and its tokenizer differ in vocabulary size"),
-            (not model.is_finite(), "its weights are not all finite numbers")):
-        if wrong:
-            raise UserError(f"{folder}: {complaint}")
+    if model.config.head != head:
+        raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(f"{folder}: its model and its tokenizer differ in vocabulary size")
+    if not model.is_finite():
+        raise UserError(f"{folder}: its weights are not all finite numbers")
     return model, tokenizer
 
 
@@ -183,11 +181,9 @@ def save_model(folder, model, tokenizer):
     """Write a policy or PRM as a folder, file by file; config.json comes last."""
     if rank():
         return
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder, temporary = Path(folder), Path(folder).with_name(f".{Path(folder).name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    model.save(temporary)
-    tokenizer.save(temporary)
+    model.save(temporary), tokenizer.save(temporary)
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json"):
         write_file(folder / name, lambda p: os.replace(temporary / name, p))
     temporary.rmdir()
@@ -204,7 +200,7 @@ def key(text):
 def uniform(*keys):
     """A number in [0, 1) for each tuple of integers (arrays broadcast): splitmix64 of the keys.
 
-    The same keys give the same number, whatever the batch, the order or the process.
+    The same whatever the batch, the order or the process.
     """
     with np.errstate(over="ignore"):
         h = np.uint64(0x243F6A8885A308D3)
@@ -223,10 +219,8 @@ def generator(*keys):
 
 def pad(rows, value=0, dtype=torch.long):
     """List of 1-D arrays -> (B, longest) tensor, padded at the end."""
-    out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.as_tensor(row, dtype=dtype)
-    return out
+    rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 # --- ranks: what `torchrun --nproc_per_node=N train.py …` needs ----------------------------------

@@ -57,7 +57,7 @@ ROWS = {
     "world-states": Row("--ablation world_states"),
     "promise-mc": Row(PROMISE),
     "promise-td": Row(f"{PROMISE} --targets td-gae", "8 × less compute than forks"),
-    "promise-sarsa": Row(f"{PROMISE} --targets sarsa"),
+    "promise-sarsa": Row(f"{PROMISE} --targets td-gae --ablation sarsa"),
     "forks": Row(f"{PROMISE} --ablation forks --forks 4 --prm-epochs 22", shares="policy",
                  rollouts=0.045),  # about as many sampled tokens, and updates
     "inverse": Row(INVERSE, "SFT 63.4 → 82.8 → 86.6"),

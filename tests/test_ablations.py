@@ -382,7 +382,8 @@ def plays_here(shards, folder, device, workers, **options):
 
 SMALL = ("--smoke --games tiny --n-generated 24 --demos 24 --rollouts 24 --rollouts-per-game 4 "
          "--updates 2 --max-steps 8 --dim 32 --layers 1 --threads 1 --test-splits ").split() + [""]
-FLAGS = {"hidden_ends": INVERSE, "degraded": INVERSE, "forks": ("--forks", "2", "--rollouts", "8"),
+FLAGS = {"sarsa": ("--prm-loss", "promise-progress", "--targets", "td-gae"),
+         "hidden_ends": INVERSE, "degraded": INVERSE, "forks": ("--forks", "2", "--rollouts", "8"),
          "without_task": ("--games", "generated", "--n-generated", "40")}
 
 

@@ -8,8 +8,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from ablations.sarsa import sarsa
 from ablations.shaping import state_labels
-from qestimate import (history_keys, labels_of, pearson, preference_pairs, q_table, returns, sarsa,
+from qestimate import (history_keys, labels_of, pearson, preference_pairs, q_table, returns,
                        td_gae)
 from rollout import Episode, Trajectory
 from tiny import games, play, played, taught, tokenizer

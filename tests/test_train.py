@@ -234,7 +234,7 @@ def test_inverse_prm_learns_from_all_policies_so_far_but_for_the_folders_held_ou
 
 @pytest.mark.parametrize("flags", (
     "--algo inverseprm", "--prm-loss bt", "--prm-loss promise-progress",
-    "--prm-loss promise-progress --targets td-gae", "--prm-loss promise-progress --targets sarsa",
+    "--prm-loss promise-progress --targets td-gae",
     "--improve dpo", "--improve dpo --labels soft --kl 1", "--ref init", "--prm-epochs 3"))
 def test_each_kind_runs_from_stage_2_on(again, flags):
     folder, done = again("--iters", 1, *flags.split(), without=PRM_ON)

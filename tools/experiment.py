@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train
 from fast_alfworld import fingerprint, games_for
-from run import Context, Run
+from run import Context, Run, games_of
 from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
                    write_json)
 
@@ -85,7 +85,7 @@ def read_run(folder, split="dev", device="auto", data=None):
     args, steps = train.parse(["--ablation", config["flags"]["ablation"] or ""])
     vars(args).update(config["flags"])
     args.data, args.test_splits = data or args.data, ""
-    own, dev, _ = train.games_of(args, steps)
+    own, dev, _ = games_of(args, steps)
     chosen = dev if split == "dev" else games_for(args.games, args.data, split,
                                                   max(8, args.n_generated // 20))[0]
     for name, games in {"train": own, "dev": dev, split: chosen}.items():

@@ -3,10 +3,9 @@
     python tools/q_checks.py --run runs/default                # Q̂_1: the rollouts of π_0
     python tools/q_checks.py --run runs/default --iteration 2
 
-Prints, and writes to RUN/q-checks/I.json: how often each (s, a) was visited, the variance of single
-returns around Q̂ where (s, a) was revisited, and, by number of visits, how many pairs, their mean Q̂
-and that variance; and the correlation of Q̂ from one half of the rollouts with the returns of the
-other half at the same (s, a).
+Prints, and writes to RUN/q-checks/I.json: how many (s, a) there are, the variance of single returns
+around Q̂ where (s, a) was revisited, the same by number of visits, and the correlation of Q̂ from
+one half of the rollouts with the returns of the other half at the same (s, a).
 """
 
 import sys
