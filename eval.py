@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from fast_alfworld import (GAMES, AlfworldEnv, Expert, Human, demonstrate, fit_prior, games_for,
                            split_dev)
+from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
+                               command_line)
 from fast_alfworld.reference import ReferenceEnv
-from results import explain, mean, narrate, paired_bootstrap, report, result_of, summarise
+from fast_alfworld.score import mean, paired_bootstrap, summarise
+from results import explain, narrate, report, result_of
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
-from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
-                   generator, pick_device, read_json, read_model, set_up_torch, write_json)
+from utils import generator, pick_device, read_json, read_model, set_up_torch, write_json
 
 WORLDS = {"fast": [AlfworldEnv], "alfworld": [ReferenceEnv], "both": [AlfworldEnv, ReferenceEnv]}
 
@@ -140,12 +142,12 @@ def keep_by_expand(text):  # "4x8"
 def check(args, used):
     """UserError or OSError, before any work, for flags that do not go together."""
     model, one = args.agent == "policy", args.watch or args.agent == "human"
+    file = Path(args.json or "/nowhere")
     for wrong, why in (
             (model and not args.policy, "--agent policy needs --policy DIR"),
             (not model and (args.policy or args.prm or used or args.watch),
              "--policy, --prm, --watch and the flags for a PRM are for --agent policy"),
-            (args.prm and not used and not args.watch,
-             "--prm needs --best-of, --act-beta, --beam, --best-of-episodes or --watch"),
+            (args.prm and not used and not args.watch, "--prm needs --best-of, --watch, …"),
             (used and not args.prm, f"{used} needs --prm DIR"),
             (args.lookahead and used != "--best-of", "--lookahead needs --best-of N"),
             (used and not args.temperature, f"{used} needs a --temperature above 0"),
@@ -156,8 +158,7 @@ def check(args, used):
             (one and (args.json or args.against or args.engine == "both"),
              "--json, --against and --engine both are not for --watch or --agent human"),
             (args.beam and args.engine != "fast", "--beam restores states: use --engine fast"),
-            (args.json and Path(args.json).exists() and not Path(args.json).is_file(),
-             f"--json {args.json}: not a file")):
+            (file.exists() and not file.is_file(), f"--json {args.json}: not a file")):
         if wrong:
             raise UserError(why)
     if args.json:
@@ -193,20 +194,19 @@ def evaluation(args, games, policy, tokenizer, prm):
     slots = slots_for(policy) // (args.best_of if args.lookahead else 1)
     options["slots"] = max(1, slots if args.engine == "fast" else min(slots, 8))
     options |= acting(args, prm)
-    if args.best_of_episodes > 1:
-        return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games,
-                                                  args.best_of_episodes, make_env=env, **options)
-    return lambda env: evaluate_policy(policy, tokenizer, games, make_env=env, **options)
+    if args.best_of_episodes == 1:
+        return lambda env: evaluate_policy(policy, tokenizer, games, make_env=env, **options)
+    return lambda env: evaluate_best_episodes(policy, prm, tokenizer, games, args.best_of_episodes,
+                                              make_env=env, **options)
 
 
 def acting(args, prm):
     """-> the options of `rollout` that say how the agent acts"""
     if args.lookahead:
         return {"act": look_ahead(prm, args.best_of, args.lookahead, args.temperature)}
-    if args.best_of > 1:
-        return {"act": best_of_n(args.best_of), "prm": prm}
-    if args.act_beta:
-        return {"act": tilted(args.act_beta), "prm": prm}
+    if args.best_of > 1 or args.act_beta:
+        return {"act": tilted(args.act_beta) if args.act_beta else best_of_n(args.best_of),
+                "prm": prm}
     return {"act": None if args.actions == "free" else sample}
 
 

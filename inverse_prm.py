@@ -30,8 +30,8 @@ def transitions(trajectory, trained=None, hide_ends=False):
     """The actions (n,) of a trajectory that make a transition (s, a, s', a'), and whether the
     episode ended by itself with it, (n,) bool: then z = f(s, a).
 
-    trained (T,) bool: actions that count. The last action of an episode that was cut has no
-    transition, for nobody saw what comes next; with hide_ends no last action has one.
+    trained (T,) bool: actions that count. An episode that was cut has no last transition, for
+    nobody saw what comes next; with hide_ends no episode has one.
     """
     T = len(trajectory)
     counts = np.ones(T, bool) if trained is None else trained.copy()
@@ -45,7 +45,7 @@ def inverse_objective(policy, demos, learners, games, tokenizer, *, gamma, tempe
     """The objective of stage 2 on equal numbers of expert and learner trajectories.
 
     policy: the current one, from which the expert's next actions are re-sampled at temperature.
-    demos [(Trajectory, trained)], learners [Trajectory] of all policies so far, games {id: Game}.
+    demos [(Trajectory, trained)]; learners [Trajectory], of all policies so far; games {id: Game}.
     -> objective(prm, picked, share, step); `picked`: how many trajectories of each side"""
     experts = [(t, trained, True) for t, trained in demos]
     learners = [(t, None, False) for t in learners]

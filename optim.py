@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from utils import UserError, all_gather, rank, sum_gradients, write_file
+from fast_alfworld.cli import UserError
+from utils import all_gather, rank, sum_gradients, write_file
 
 SAVE_EVERY = 10.0  # seconds
 
@@ -28,8 +29,7 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
     The learning rate rises over the first 5 % of the updates, then falls linearly to 0. The loss
     must depend on the step and the weights alone: then a run that was killed and continued from
     the file `state` equals an undisturbed one. The log: means of the metrics over about 20
-    stretches, each with what watch() -> {metric: value} says at its end. Each rank returns its
-    part of the loss.
+    stretches, each with what watch() -> {metric: value} says at its end.
     """
     optimizers = optimizers_of(model, lr, weight_decay)
     step, log, sums = _load_state(state, model, optimizers)

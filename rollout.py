@@ -24,9 +24,11 @@ from safetensors.numpy import save_file
 
 from candidates import draw, extend, keep_branch, prefix_tree
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.cli import UserError
+from fast_alfworld.gamefile import split_intro
 from model import Cache
-from tokenizer import END, SPECIAL, split_intro
-from utils import UserError, end_with, key, read_model, set_up_torch, uniform, write_file
+from tokenizer import END, SPECIAL
+from utils import end_with, key, read_model, set_up_torch, uniform, write_file
 
 MAX_ACTION = 32  # tokens of a freely generated action; the longest command has fewer
 
@@ -76,7 +78,6 @@ class Turn:
     names: np.ndarray
     histories: list
     policy: Any = None
-    tokenizer: Any = None
     cache: Any = None
     rows: np.ndarray | None = None
     lengths: np.ndarray | None = None
@@ -103,8 +104,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
     """Yield a Trajectory for each Episode, in the order in which they end.
 
     temperature 0 is greedy. act(Turn) -> numbers of the chosen candidates; None generates the
-    actions token by token, without candidates. slots: episodes in flight.
-    An episode is cut after max_steps actions or when it would outgrow the model's context.
+    actions token by token, without candidates. slots: episodes in flight. An episode is cut after
+    max_steps actions or when it would outgrow the model's context.
     """
     waiting, models, turn = deque(episodes), [policy, *([prm] if prm else [])], 0
     slots = min(slots or slots_for(policy), len(waiting))
@@ -143,8 +144,8 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
             log_pi = extend(policy, caches[0], lengths, chains, trees, temperature)
             f = extend(prm, caches[1], lengths, chains, trees) if prm else None
             lengths[live] = [len(row.ids) for row in own]
-            picked = act(Turn(log_pi, f, trees, names, [row.ids for row in own], policy,
-                              tokenizer, caches[0], live, lengths))
+            picked = act(Turn(log_pi, f, trees, names, [row.ids for row in own], policy, caches[0],
+                              live, lengths))
             logp, chosen = log_pi.gather(1, picked[:, None])[:, 0].tolist(), picked.tolist()
             paths = [tree.paths[c] for tree, c in zip(trees, chosen)]
             actions = [tree.ids[path].tolist() for tree, path in zip(trees, paths)]
@@ -191,13 +192,12 @@ def step(row, tokenizer, policy, seed, command, ids, choice, logp):
                           np.stack([start, end], 1), choice, counts, np.array(logp, np.float32),
                           reward, won, truncated, seed, row.episode.number)
     row.ids += answer
-    return None
 
 
 def fill_prompts(models, caches, rows, lengths, started, prompts):
     """Give each started row the keys and values of its prompt, all but the <act> at its end."""
-    new = {rows[i].episode.prompt: rows[i].ids[:-1] for i in started}
-    new = {name: ids for name, ids in new.items() if name not in prompts}
+    new = {rows[i].episode.prompt: rows[i].ids[:-1] for i in started
+           if rows[i].episode.prompt not in prompts}
     if new:
         fresh = [Cache(model.config, len(new), model.device) for model in models]
         for model, cache in zip(models, fresh):
@@ -211,10 +211,8 @@ def fill_prompts(models, caches, rows, lengths, started, prompts):
 
 
 def slots_for(policy):
-    """Episodes in flight: 128 on a CPU, 1024 on a GPU, fewer where a cache would exceed 2 GiB.
-
-    Not by what happens to be free: a shard must be the same whoever plays it.
-    """
+    """Episodes in flight: 128 on a CPU, 1024 on a GPU, fewer where a cache would exceed 2 GiB; not
+    by what happens to be free, for a shard must be the same whoever plays it."""
     c, size = policy.config, 4 if policy.device.type == "cpu" else 2
     row = 2 * c.n_layers * c.n_kv_heads * c.max_len * (c.dim // c.n_heads) * size  # bytes
     return max(1, min(128 if policy.device.type == "cpu" else 1024, 2 ** 31 // row))

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fast_alfworld import fit_prior, training_games
+from fast_alfworld.cli import UserError
 from rollout import sample
-from utils import (UserError, cpu_count, rank, read_json, read_model, wait_for_ranks, write_file,
-                   write_json)
+from utils import cpu_count, rank, read_json, read_model, wait_for_ranks, write_file, write_json
 
 PACKAGES = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
 
@@ -74,8 +74,8 @@ class Run:
     def once(self, name, make, files=()):
         """make(state) -> {…}, the stage's record, unless there is one. -> the record
 
-        `state` is a file in which make keeps its place; it is removed at the end. files: what the
-        stage writes; if one was deleted, the stage is run again.
+        `state`: a file in which make keeps its place, removed at the end. files: what the stage
+        writes; if one was deleted, the stage is run again.
         """
         record, state = self.path / f"{name}.json", self.path / f"{name}.state.safetensors"
         missing = not record.exists() or not all(file.exists() for file in files)

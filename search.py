@@ -20,11 +20,12 @@ import torch
 
 from candidates import PrefixTree, draw, extend, prefix_tree, score_states, tilt
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.cli import UserError
 from model import Cache
 from prm import score
 from rollout import MAX_ACTION, Row, begin, generate, sample, slots_for, step
 from tokenizer import ACT, END
-from utils import UserError, key, read_model, uniform
+from utils import key, read_model, uniform
 
 MAX_ANSWER = 96  # tokens of an imagined answer, <act> included; of 4,000 real ones the longest: 77
 
@@ -125,7 +126,8 @@ def imagine(turn, rows, actions, depths, temperature, keys):
 
 def best_episodes(prm, trajectories, n):
     """Best-of-n over whole episodes (P2): of episodes 0 … n−1, n … 2n−1, … of each game, the one
-    whose last action has the highest Q, cut by the step cap or not. -> list of Trajectory"""
+    whose last action has the highest Q. -> list of Trajectory
+    """
     groups = {}
     scored = zip(score(prm, trajectories), trajectories)
     for f, t in sorted(scored, key=lambda x: (x[1].game, x[1].episode)):

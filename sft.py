@@ -1,6 +1,6 @@
 """π_0: supervised fine-tuning on demonstrations, by masked cross-entropy.
 
-    demos = demonstrations(games, prior, Demos(4000), tokenizer)
+    demos = demonstrations(games, prior, tokenizer, 4000)
     log = train_sft(policy, demos, Sft(), seed, state)
 
 The loss is over the tokens of the expert's actions, <end> included, and, at a smaller weight, over
@@ -14,25 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
+from fast_alfworld.gamefile import split_intro
 from model import Config
 from optim import optimise
 from rollout import MAX_ACTION, Trajectory, replay
-from tokenizer import END, Tokenizer, split_intro
+from tokenizer import END, Tokenizer
 from utils import generator, mine, pad
-
-
-@dataclass
-class Demos:
-    """What is demonstrated: `demos` games, each once before any twice.
-
-    mistakes: chance that a random action takes the place of the expert's and is masked from the
-    loss (DART). noise: chance that a random action is learned as if it were the expert's.
-    """
-    demos: int
-    seed: int = 0
-    max_steps: int = 30
-    mistakes: float = 0.0
-    noise: float = 0.0
 
 
 def train_tokenizer(games, prior, seed, joined=False, sample=1000):
@@ -49,17 +36,20 @@ def train_tokenizer(games, prior, seed, joined=False, sample=1000):
     return Tokenizer.train(texts, counts, joined)
 
 
-def demonstrations(games, prior, demos, tokenizer):
-    """-> list of (Trajectory, trained (T,) bool: False where the loss masks the action)."""
-    env, out = AlfworldEnv(demos.max_steps), []
-    for number in range(demos.demos):
+def demonstrations(games, prior, tokenizer, n, *, seed=0, max_steps=30, mistakes=0.0, noise=0.0):
+    """n games shown by the expert, each once before any twice. -> [(Trajectory, trained (T,) bool)]
+
+    mistakes: chance that a random action takes the place of the expert's and is masked from the
+    loss, trained=False (DART). noise: chance of one that is learned as if it were the expert's.
+    """
+    env, out = AlfworldEnv(max_steps), []
+    for number in range(n):
         lap, place = divmod(number, len(games))
         if place == 0:
-            order = generator(demos.seed, "demonstrations", lap).permutation(len(games))
-        game, rng = games[order[place]], generator(demos.seed, "demonstration", number)
-        demo = demonstrate(env, game, Expert(prior), rng, mistakes=demos.mistakes,
-                           noise=demos.noise, max_steps=demos.max_steps)
-        out.append(as_trajectory(game, demo, tokenizer, demos.seed, number))
+            order = generator(seed, "demonstrations", lap).permutation(len(games))
+        game, rng = games[order[place]], generator(seed, "demonstration", number)
+        demo = demonstrate(env, game, Expert(prior), rng, mistakes, noise, max_steps)
+        out.append(as_trajectory(game, demo, tokenizer, seed, number))
     return out
 
 

@@ -20,8 +20,6 @@ from tokenizers import Regex, Tokenizer as HFTokenizer, decoders, models, pre_to
 SPECIAL = ("<pad>", "<unk>", "<task>", "<obs>", "<act>", "<end>")
 PAD, UNK, TASK, OBS, ACT, END = range(len(SPECIAL))
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
-INTRO = re.compile(
-    r"(?:-= Welcome to TextWorld, ALFRED! =-\n\n)?(.*?)\n\nYour task is to: (.*)", re.DOTALL)
 
 
 class Tokenizer:
@@ -98,9 +96,3 @@ class Tokenizer:
         hf.decoder = decoders.Fuse()
         hf.add_special_tokens(list(SPECIAL))
         return cls(hf)
-
-
-def split_intro(intro):
-    """The game's first text -> (task, first observation)."""
-    observation, task = INTRO.fullmatch(intro).groups()
-    return task, observation

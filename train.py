@@ -21,15 +21,16 @@ from tqdm import tqdm
 import dpo
 import prm as prms
 from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder
+from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
+                               command_line)
 from inverse_prm import inverse_objective
 from model import Config, Transformer
 from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
 from run import Context, Run, games_of
-from sft import Demos, Sft, demonstrations, train_sft, train_tokenizer
-from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, between, command_line,
-                   generator, join_ranks, key, mine, pick_device, read_model, save_model,
+from sft import Sft, demonstrations, train_sft, train_tokenizer
+from utils import (generator, join_ranks, key, mine, pick_device, read_model, save_model,
                    set_up_torch, wait_for_ranks)
 
 DEV_EPISODES = 2  # of each dev game
@@ -59,8 +60,8 @@ def tokenizer(c):
 
 def demonstrations_(c):
     """What π_0 learns from, and InversePRM's expert. -> [(Trajectory, trained (T,) bool)]"""
-    demos = Demos(c.args.demos, c.args.seed, c.args.max_steps)
-    return demonstrations(c.train, c.prior, demos, c.tokenizer)
+    return demonstrations(c.train, c.prior, c.tokenizer, c.args.demos, seed=c.args.seed,
+                          max_steps=c.args.max_steps)
 
 
 def labels(c, i, some):
@@ -93,10 +94,7 @@ def prm_loss(c, i, some, hide_ends=False):
 
 
 def judge(c, i, prm):
-    """What scores the candidates in stage 3: judge(sequences, states) -> Q (B, C).
-
-    prm: Q_i, or None where there is none. -> None where the policy loss asks for no Q
-    """
+    """What scores candidates in stage 3: judge(sequences, states) -> Q (B, C), or None. prm: Q_i."""
     return dpo.prm_judge(prm, bounded=absolute(c.args))
 
 
@@ -158,10 +156,7 @@ def roll_out(c, i):
 
 
 def play(c, i, name, episodes, policy, seed, summary):
-    """Play episodes with π_policy, in shards under iter<i>/<name>. -> [Trajectory]
-
-    summary(trajectories) -> {…}: the record of this stage.
-    """
+    """Play episodes with π_policy in shards; summary(trajectories): the record. -> [Trajectory]"""
     args = c.args
     shards = [(c.run.path / f"iter{i}/{name}/{n:05d}.safetensors", episodes[k:k + SHARD])
               for n, k in enumerate(range(0, len(episodes), SHARD))]

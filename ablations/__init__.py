@@ -8,7 +8,7 @@ flags(parser) adds flags, check(args) refuses settings under which the ablation 
 import importlib
 from pathlib import Path
 
-from utils import UserError
+from fast_alfworld.cli import UserError
 
 
 def load(names, parser, steps):

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fast_alfworld.cli import Parser, UserError, a_seed, at_least_one, command_line
 import train
-from utils import (Parser, UserError, a_seed, at_least_one, command_line, read_json, write_file,
-                   write_json)
+from utils import read_json, write_file, write_json
 
 
 class Row(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 
 import train
 from ablations import needs_labels
-from utils import between
+from fast_alfworld.cli import between
 
 
 def flags(parser):

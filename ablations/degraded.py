@@ -9,7 +9,7 @@ Ours: not measured yet.
 
 import sft
 from ablations import trains_policy
-from utils import between
+from fast_alfworld.cli import between
 
 
 def flags(parser):
@@ -25,5 +25,5 @@ def check(args):
 def demonstrations(c):
     """-> [(Trajectory, trained (T,) bool)]"""
     args = c.args
-    demos = sft.Demos(args.demos, args.seed, args.max_steps, noise=args.noise)
-    return sft.demonstrations(c.train, c.prior, demos, c.tokenizer)
+    return sft.demonstrations(c.train, c.prior, c.tokenizer, args.demos, seed=args.seed,
+                              max_steps=args.max_steps, noise=args.noise)

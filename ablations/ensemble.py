@@ -9,8 +9,8 @@ Ours: not measured yet.
 
 import torch
 
+from fast_alfworld.cli import between
 import train
-from utils import between
 
 
 def flags(parser):

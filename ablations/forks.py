@@ -14,9 +14,10 @@ import numpy as np
 
 import train
 from ablations import needs_labels
+from fast_alfworld.cli import between
 from qestimate import returns
 from rollout import Episode
-from utils import between, key
+from utils import key
 
 
 def flags(parser):

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from utils import UserError
+from fast_alfworld.cli import UserError
 
 CLIP = 0.2
 start_prm = None

@@ -9,8 +9,8 @@ Ours: not measured yet.
 
 from functools import partial
 
+from fast_alfworld.cli import UserError
 import train
-from utils import UserError
 
 
 def check(args):

@@ -17,8 +17,9 @@ import prm as prms
 import train
 from candidates import score_states
 from fast_alfworld import task_folder
+from fast_alfworld.cli import between
 from rollout import states_of
-from utils import between, key, read_model, save_model
+from utils import key, read_model, save_model
 
 start_prm = None
 

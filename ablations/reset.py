@@ -8,8 +8,9 @@ Command: python train.py --ablation reset
 Ours: not measured yet.
 """
 
+from fast_alfworld.cli import between
 from rollout import Episode
-from utils import between, generator
+from utils import generator
 
 FIRST_NUMBER = 10 ** 6  # episode numbers from here on: no other episode of a game has them
 

@@ -1,16 +1,16 @@
 """Promise and progress with labels by ordinary SARSA(λ) instead of TD + GAE.
 
-Paper: none. P2's M_t bootstraps on itself, so that its fixed point decays by γλ/(1−γ(1−λ)) a step
-    instead of γ; SARSA(λ), which bootstraps on M_{t+1}, decays by γ.
-Changes `prm_loss`: Q̂_t = γ((1−λ) M_{t+1} + λ Q̂_{t+1}) and Q̂_{T−1} = R, with Â_t = Q̂_t − M_{t−1}.
+Paper: none. The fixed point of TD + GAE decays by γλ/(1−γ(1−λ)) a step, as M_t bootstraps on
+    itself; that of SARSA(λ), which bootstraps on M_{t+1}, by γ.
+Changes `prm_loss`: Q̂_t = γ((1−λ) M_{t+1} + λ Q̂_{t+1}), Q̂_{T−1} = R and Â_t = Q̂_t − M_{t−1}.
 Command: python train.py --prm-loss promise-progress --targets td-gae --ablation sarsa
 Ours: not measured yet.
 """
 
 import numpy as np
 
+from fast_alfworld.cli import UserError
 import prm as prms
-from utils import UserError
 
 
 def check(args):

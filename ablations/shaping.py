@@ -22,10 +22,11 @@ import prm as prms
 import train
 from ablations import needs_labels
 from fast_alfworld import task_folder
+from fast_alfworld.cli import UserError
 from qestimate import labels_of, q_table
 from rollout import load_trajectories
 from tokenizer import Tokenizer
-from utils import UserError, key, save_model
+from utils import key, save_model
 
 
 def flags(parser):

@@ -17,11 +17,13 @@ import numpy as np
 
 import train
 from fast_alfworld import AlfworldEnv, Expert, demonstrate
+from fast_alfworld.cli import UserError, between
 from fast_alfworld.expert import base, names
+from fast_alfworld.gamefile import split_intro
 from rollout import Episode
 from sft import as_trajectory
-from tokenizer import OBS, TASK, split_intro
-from utils import UserError, between, generator
+from tokenizer import OBS, TASK
+from utils import generator
 
 HINT = re.compile(r" Look at a \w+ first\.$")
 

@@ -18,6 +18,7 @@ Many games (games.py): games_for, training_games, find_data, split_dev, task_fol
 Generated games (generate.py): generate, generated_split.
 Expert (expert.py): Expert, fit_prior, parse_task, Human (a person in its place), demonstrate ->
     Demonstration with its Step list.
+How well an agent plays, with intervals: fast_alfworld.score.
 alfworld's own engine behind the same interface: fast_alfworld.reference.ReferenceEnv.
 
 On the command line: python -m fast_alfworld --help

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -17,75 +16,51 @@ import numpy as np
 from tqdm import tqdm
 
 from . import games as store
+from .cli import Parser, a_seed, at_least_one, between, command_line
 from .engine import AlfworldEnv
 from .expert import Expert, demonstrate, fit_prior, parse_task
-from .gamefile import DataError, GameError
+from .gamefile import DataError
 from .generate import SPLITS, generate
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line, with exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the text of the docstring and the default of every flag."""
-
-
-def number(low, high, kind):
-    """The argparse type of a number of type `kind` in low … high."""
-    def read(text):
-        value = kind(text)  # argparse reports the ValueError
-        if not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"in {low} … {high}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names the type in its errors
-    return read
 
 
 def parse_args(words):
     """The command line -> argparse.Namespace; `run` is the function of the subcommand."""
-    parser = Parser("python -m fast_alfworld", description=__doc__, formatter_class=Help)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    parser = Parser(__doc__, "%(prog)s COMMAND [flags]", prog="python -m fast_alfworld")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser,
+                                     prog="python -m fast_alfworld")
     where = "(default: $ALFWORLD_DATA, else alfworld's cache)"
     data = dict(metavar="DIR", default=argparse.SUPPRESS,
                 help=f"the folder that holds json_2.1.1 {where}")
-    count, share = number(1, math.inf, int), number(0.0, 1.0, float)
-    seed = dict(type=number(0, 2 ** 31, int), default=0, metavar="N")
+    share, seed = between(0, 1), dict(type=a_seed, default=0)
 
-    one = commands.add_parser("list", help="list the games found", formatter_class=Help)
+    one = commands.add_parser("list", help="list the games found")
     one.set_defaults(run=list_games)
     one.add_argument("--data", **data)
 
-    one = commands.add_parser("download", help="download the published games (needs internet)",
-                              formatter_class=Help)
+    one = commands.add_parser("download", help="download the published games (needs internet)")
     one.set_defaults(run=download)
     one.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS,
                      help=f"the folder in which to make json_2.1.1 {where}")
 
-    one = commands.add_parser("write", help="write generated games as files", formatter_class=Help)
+    one = commands.add_parser("write", help="write generated games as files")
     one.set_defaults(run=write)
     one.add_argument("--out", metavar="DIR", required=True, default=argparse.SUPPRESS,
                      help="the games go to DIR/json_2.1.1/SPLIT (required)")
     one.add_argument("--split", default="train", choices=SPLITS, help="which games to generate")
-    one.add_argument("--n", type=count, default=1000, metavar="N", help="number of games")
+    one.add_argument("--n", type=at_least_one, default=1000, metavar="N", help="number of games")
     one.add_argument("--tiny", action="store_true", help="small games with short tasks")
     one.add_argument("--seed", help="another seed gives other games", **seed)
 
-    one = commands.add_parser("expert", help="measure the scripted expert", formatter_class=Help)
+    one = commands.add_parser("expert", help="measure the scripted expert")
     one.set_defaults(run=expert)
     one.add_argument("--data", **data)
     one.add_argument("--games", default="auto", choices=store.GAMES,
                      help="published games, generated ones, or auto: published if found")
     one.add_argument("--split", default="valid_seen", metavar="NAME",
                      help="train, valid_seen, valid_unseen, or dev, which is held out of train")
-    one.add_argument("--n", type=count, default=1000, metavar="N",
+    one.add_argument("--n", type=at_least_one, default=1000, metavar="N",
                      help="number of games in a split of generated games")
-    one.add_argument("--max-steps", type=count, default=30, metavar="N",
+    one.add_argument("--max-steps", type=at_least_one, default=30, metavar="N",
                      help="actions after which an episode is cut")
     one.add_argument("--mistakes", type=share, default=0.0, metavar="P",
                      help="probability of a random action that is masked from the loss")
@@ -159,18 +134,8 @@ def table(demos, max_steps):
 
 def main():
     args = parse_args(sys.argv[1:])
-    try:
-        args.run(args)
-    except (DataError, GameError, OSError) as error:
-        raise SystemExit(_fail(f"error: {error}", 2)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(_fail("interrupted", 130)) from None
-
-
-def _fail(text, code):
-    print(text.splitlines()[0], file=sys.stderr)
-    return code
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

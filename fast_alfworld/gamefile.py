@@ -9,6 +9,7 @@ A place is a location at which the agent can stand, with one or more receptacles
 middle of the room.
 """
 
+import re
 from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
@@ -18,9 +19,11 @@ from .parsing import (TASK_TYPES, DataError, GameError, check, decode, one_each,
                       read_facts, read_goal)
 
 __all__ = ["MIDDLE_OF_ROOM", "TASK_TYPES", "DataError", "Game", "GameError", "Room", "join_list",
-           "numbers"]
+           "numbers", "split_intro"]
 
 WELCOME = "-= Welcome to TextWorld, ALFRED! =-"
+INTRO = re.compile(
+    r"(?:-= Welcome to TextWorld, ALFRED! =-\n\n)?(.*?)\n\nYour task is to: (.*)", re.DOTALL)
 OBJECT_SETS = ("(pickupable", "(toggleable", "(sliceable", "(iscool", "(isreceptacleobject",
                "(cleanable", "(heatable", "(coolable")
 MIDDLE_OF_ROOM = "You are in the middle of a room. Looking quickly around you, you see {}."
@@ -236,3 +239,9 @@ def join_list(items):
     """Join texts as TextWorld does: "X, and Y" even for two, "nothing" for none."""
     *items, last = items or ["nothing"]
     return ", ".join(items) + ", and " + last if items else last
+
+
+def split_intro(intro):
+    """The game's first text -> (task, first observation)."""
+    observation, task = INTRO.fullmatch(intro).groups()
+    return task, observation

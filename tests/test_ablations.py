@@ -20,6 +20,8 @@ from ablations import (curiosity, ensemble, forks, grpo, implicit_prm, rft, shap
 from candidates import score_states
 from dpo import Batch, Improve
 from fast_alfworld import AlfworldEnv, Demonstration, Expert, Step, demonstrate
+from fast_alfworld.cli import UserError
+from fast_alfworld.gamefile import split_intro
 from inverse_prm import transitions
 from prm import score
 from qestimate import history_keys, q_table, returns
@@ -28,8 +30,7 @@ from run import Context
 from sft import as_trajectory
 from tiny import (ROOT, brute_force, by_id, games, in_process, play, played, random_model, read,
                   some_states, taught, tokenizer)
-from tokenizer import split_intro
-from utils import UserError, generator
+from utils import generator
 
 NAMES = sorted(f.stem for f in (ROOT / "ablations").glob("[a-z]*.py"))
 INVERSE = ("--algo", "inverseprm")

@@ -9,10 +9,11 @@ import torch
 from candidates import (FORBIDDEN, PrefixTree, draw, entropy, expected, extend, hidden,
                         keep_branch, kl, log_policy, padded, score_states, tilt)
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.gamefile import split_intro
 from model import Cache
 from rollout import Episode, rollout
 from tiny import brute_force, games, played, random_model, some_states, taught, tokenizer
-from tokenizer import END, split_intro
+from tokenizer import END
 
 MODELS = {"random": lambda: random_model(1), "taught": taught,
           "one kv head": lambda: random_model(2, n_kv_heads=1, n_layers=3),

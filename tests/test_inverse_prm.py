@@ -13,7 +13,7 @@ from fast_alfworld import fit_prior
 from inverse_prm import inverse_loss, inverse_objective, transitions
 from prm import Fit, fit
 from rollout import Episode, replay, states_of
-from sft import Demos, demonstrations
+from sft import demonstrations
 from tiny import (brute_force, by_id, games, play, played, prm, random_model, taught, tokenizer)
 from tokenizer import END
 
@@ -21,7 +21,8 @@ GAMMA = 0.9
 
 
 def demos(n=24, mistakes=0.2):
-    return demonstrations(games(), fit_prior(games()), Demos(n, 0, 15, mistakes), tokenizer())
+    return demonstrations(games(), fit_prior(games()), tokenizer(), n, max_steps=15,
+                          mistakes=mistakes)
 
 
 def objective_of(policy=None, some=None, learners=None, **options):
@@ -194,7 +195,7 @@ def test_experts_and_learners_are_drawn_in_equal_numbers_from_all_of_them(monkey
 def test_the_score_ranks_the_actions_of_a_rule_based_expert_first(tmp_path):
     """Tiny games, a learner that plays at random: f of the expert's action against the others."""
     small = games()[-12:]
-    experts = demonstrations(small, fit_prior(games()), Demos(96, 0, 12), tokenizer())
+    experts = demonstrations(small, fit_prior(games()), tokenizer(), 96, max_steps=12)
     learners = play(random_model(1, scale=0.02), [Episode(game, k) for game in small
                                                   for k in range(8)],
                     temperature=3.0, max_steps=12)

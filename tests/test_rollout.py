@@ -11,12 +11,14 @@ import torch
 
 from candidates import PrefixTree, score_states
 from fast_alfworld import NOTHING_HAPPENS, AlfworldEnv
+from fast_alfworld.cli import UserError
+from fast_alfworld.gamefile import split_intro
 from rollout import (MAX_ACTION, Episode, load_trajectories, play_shards, replay, rollout,
                      sample, save_trajectories)
 from tiny import (assert_same, brute_force, by_id, demonstrations, games, play, played, prm,
                   random_model, some_states, taught, tokenizer, transcript)
-from tokenizer import END, SPECIAL, split_intro
-from utils import UserError, key, save_model, uniform
+from tokenizer import END, SPECIAL
+from utils import key, save_model, uniform
 
 POLICIES = {"taught": taught, "random": lambda: random_model(1)}
 both_policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)

@@ -9,14 +9,16 @@ import torch
 
 from candidates import PrefixTree, score_states, tilt
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.cli import UserError
+from fast_alfworld.gamefile import split_intro
 from model import Transformer
 from rollout import MAX_ACTION, Episode, Turn, replay, rollout, sample
 from search import (MAX_ANSWER, beam_search, best_episodes, best_of_n, draws, imagine, look_ahead,
                     read_prm, tilted)
 from tiny import (assert_same, brute_force, by_id, games, play, played, random_model, taught,
                   tokenizer)
-from tokenizer import ACT, END, SPECIAL, Tokenizer, split_intro
-from utils import UserError, key, save_model, uniform
+from tokenizer import ACT, END, SPECIAL, Tokenizer
+from utils import key, save_model, uniform
 
 EPISODES = [Episode(game, k) for game in games()[::8] for k in range(2)]
 OPTIONS = dict(temperature=3.0, max_steps=6, seed=5)

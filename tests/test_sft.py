@@ -10,11 +10,12 @@ from torch.nn import functional as F
 import sft
 from candidates import prefix_tree
 from fast_alfworld import AlfworldEnv, Expert, demonstrate, fit_prior
+from fast_alfworld.gamefile import split_intro
 from rollout import Episode, replay
-from sft import (Demos, Sft, as_trajectory, demonstrations, sft_loss, token_loss, token_weights,
+from sft import (Sft, as_trajectory, demonstrations, sft_loss, token_loss, token_weights,
                  train_sft, train_tokenizer)
 from tiny import brute_force, by_id, games, play, random_model, same, tokenizer
-from tokenizer import ACT, END, split_intro
+from tokenizer import ACT, END
 from tools import sft_curve
 from tools.sft_curve import candidate_loss
 from utils import generator
@@ -25,7 +26,8 @@ LOSSES = {"tokens": token_loss, "candidates": partial(candidate_loss, games=by_i
 
 
 def demos(n, seed=0, some=None, **options):
-    return demonstrations(some or games(), PRIOR, Demos(n, seed, 15, **options), tokenizer())
+    return demonstrations(some or games(), PRIOR, tokenizer(), n, seed=seed, max_steps=15,
+                          **options)
 
 
 # --- demonstrations ------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.gamefile import split_intro
 from rollout import MAX_ACTION
 from tiny import (demonstrations, games, random_model, random_play, random_texts, tokenizer,
                   transcript)
-from tokenizer import ACT, CHARACTERS, END, OBS, SPECIAL, TASK, UNK, Tokenizer, split_intro
+from tokenizer import ACT, CHARACTERS, END, OBS, SPECIAL, TASK, UNK, Tokenizer
 from utils import save_model
 
 

@@ -13,11 +13,12 @@ import torch
 import optim
 import utils
 from fast_alfworld import DataError
+from fast_alfworld.cli import Parser, UserError, between, command_line
 from optim import optimise
 from run import Run
 from tiny import ROOT, random_model, same, tokenizer
-from utils import (Parser, UserError, between, command_line, generator, key, pad,
-                   pick_device, read_json, read_model, save_model, uniform, write_file, write_json)
+from utils import (generator, key, pad, pick_device, read_json, read_model, save_model, uniform,
+                   write_file, write_json)
 
 
 # --- random numbers by key -----------------------------------------------------------------------

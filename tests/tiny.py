@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from candidates import PrefixTree
 from fast_alfworld import AlfworldEnv, Expert, demonstrate, fit_prior, generated_split
+from fast_alfworld.cli import command_line
+from fast_alfworld.gamefile import split_intro
 from model import Config, Transformer
 from rollout import Episode, replay, rollout
-from tokenizer import END, PAD, Tokenizer, split_intro
-from utils import command_line, generator, pad
+from tokenizer import END, PAD, Tokenizer
+from utils import generator, pad
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,13 +15,15 @@ import prm as prms
 from candidates import PrefixTree, score_states
 from dpo import dpo_loss
 from fast_alfworld import fit_prior
+from fast_alfworld.cli import UserError
+from fast_alfworld.gamefile import split_intro
 from fast_alfworld.reference import ReferenceEnv
 from model import Cache, Config, Transformer
 from qestimate import labels_of, q_table
 from rollout import MAX_ACTION, Episode, generate, rollout, sample
 from sft import train_tokenizer
-from tokenizer import END, PAD, SPECIAL, split_intro
-from utils import UserError, generator, pad, read_model, save_model
+from tokenizer import END, PAD, SPECIAL
+from utils import generator, pad, read_model, save_model
 
 CAP, TEMPERATURE, OF_EACH, BATCH = 30, 0.3, 16, 16
 

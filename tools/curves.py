@@ -26,7 +26,9 @@ import dpo
 from candidates import expected, kl, score_states
 from eval import evaluate_policy, play
 from fast_alfworld import fingerprint
-from results import paired_bootstrap, points, result_of
+from fast_alfworld.cli import UserError, a_seed, at_least_one, between, command_line
+from fast_alfworld.score import paired_bootstrap, points
+from results import result_of
 from rollout import load_trajectories, rollout, states_of
 from run import Run
 from search import best_of_n, read_prm, tilted
@@ -34,8 +36,7 @@ from tools.experiment import (list_of, new_figure, parser_of, percent, read_run,
                               run_part, save_figure, span, write_table)
 from tools.sft_curve import sft
 from train import DEV_EPISODES
-from utils import (UserError, a_seed, at_least_one, between, command_line, generator, key,
-                   set_up_torch)
+from utils import generator, key, set_up_torch
 
 # --- acting by a PRM -----------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import train
 from fast_alfworld import fingerprint, games_for
+from fast_alfworld.cli import Parser, UserError, at_least_one
 from run import Context, Run, games_of
-from utils import (Parser, UserError, at_least_one, pick_device, read_json, read_model, write_file,
-                   write_json)
+from utils import pick_device, read_json, read_model, write_file, write_json
 
 # --- command line --------------------------------------------------------------------------------
 

@@ -15,10 +15,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fast_alfworld.cli import Parser, UserError, command_line
 from qestimate import history_keys, pearson, q_table
 from rollout import load_trajectories
 from tools.experiment import adder, open_run
-from utils import Parser, UserError, command_line, read_model, write_json
+from utils import read_model, write_json
 
 
 def visit_statistics(table):

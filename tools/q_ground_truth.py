@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from candidates import expected, prefix_tree, score_states
 from fast_alfworld import AlfworldEnv, fingerprint
+from fast_alfworld.cli import Parser, UserError, a_seed, at_least_one, between, command_line
 from qestimate import pearson
 from rollout import Episode, load_trajectories, play_shards, rollout, states_of
 from run import Run
 from search import read_prm
 from tokenizer import END
 from tools.experiment import adder, read_run, run_flags, write_table
-from utils import (Parser, UserError, a_seed, at_least_one, between, command_line, generator, key,
-                   set_up_torch)
+from utils import generator, key, set_up_torch
 
 GAPS, SHARD, TRUTH = (0.05, 0.1, 0.15), 512, "true Q"
 

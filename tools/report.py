@@ -16,12 +16,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import play
-from results import explain, paired_bootstrap, points
+from fast_alfworld.cli import Parser, UserError, a_seed, between, command_line
+from fast_alfworld.score import paired_bootstrap, points
+from results import explain
 from rollout import rollout
 from tools.experiment import (adder, common_flags, new_figure, open_run, percent, read_run,
                               save_figure, span)
-from utils import (Parser, UserError, a_seed, between, command_line, generator, set_up_torch,
-                   write_file)
+from utils import generator, set_up_torch, write_file
 
 PAPER = (0.649, 0.739, 0.858, 0.881)  # π_0 … π_3 on valid_unseen, cap 30 (arXiv 2502.10325)
 SHOWN = 5  # candidates of a state in an episode

@@ -10,15 +10,15 @@ import torch
 from candidates import score_states
 from eval import evaluate_policy
 from fast_alfworld import COMPLETE, GAMES, fingerprint, fit_prior, games_for, split_dev
+from fast_alfworld.cli import UserError, a_seed, a_temperature, at_least_one, between
 from model import Config, Transformer
 from rollout import states_of
 from run import Run
-from sft import Demos, Sft, demonstrations, token_loss, train_sft, train_tokenizer
+from sft import Sft, demonstrations, token_loss, train_sft, train_tokenizer
 from tools.experiment import (common_flags, list_of, new_figure, parser_of, percent, save_figure,
                               span, write_table)
 from train import DEV_EPISODES
-from utils import (UserError, a_seed, a_temperature, at_least_one, between, key, mine, pick_device,
-                   read_json, save_model, set_up_torch)
+from utils import key, mine, pick_device, read_json, save_model, set_up_torch
 
 
 def sft(argv):
@@ -33,9 +33,9 @@ def sft(argv):
     add("--loss", "tokens", "over the vocabulary, or over the candidates",
         choices=("tokens", "candidates"))
     add("--joined-names", False, "a name and its number are one token", action="store_true")
-    add("--mistakes", Demos.mistakes, "chance of a random action, masked from the loss (DART)",
+    add("--mistakes", 0.0, "chance of a random action, masked from the loss (DART)",
         type=between(0, 1))
-    add("--noise", Demos.noise, "chance of a random action that is learned", type=between(0, 1))
+    add("--noise", 0.0, "chance of a random action that is learned", type=between(0, 1))
     add("--obs-weight", Sft.obs_weight, "weight of the world's answers", type=between(0, 10))
     add("--lr", Sft.lr, "learning rate", type=between(1e-12, 10))
     add("--batch", Sft.batch, "demonstrations an update", type=at_least_one)
@@ -102,8 +102,8 @@ def train_and_play(args, games, n, seed, state, folder):
     torch.manual_seed(key(f"policy {seed}"))
     policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.dim // 32,
                                 max(1, args.dim // 64), 3 * args.dim)).to(device)
-    shown = demonstrations(train, prior, Demos(n, seed, args.max_steps, args.mistakes, args.noise),
-                           tokenizer)
+    shown = demonstrations(train, prior, tokenizer, n, seed=seed, max_steps=args.max_steps,
+                           mistakes=args.mistakes, noise=args.noise)
     settings = Sft(lr=args.lr, batch=args.batch, epochs=args.epochs, obs_weight=args.obs_weight,
                    weight_decay=args.weight_decay)
     loss = token_loss if args.loss == "tokens" else partial(

@@ -1,0 +1,66 @@
+"""How well an agent plays: success with its interval, by task type, as numbers and as a table.
+
+An episode is {"game": its id, "won": bool, "actions": how many}, of any agent.
+"""
+
+import numpy as np
+
+from .gamefile import TASK_TYPES
+
+
+def summarise(episodes, games):
+    """Success, its 95 % interval and mean actions (over all episodes), in all and by task type.
+
+    episodes: list of {"game", "won", "actions"}; "by_task" holds the same for each task type.
+    """
+    def share(part):
+        return {"games": len({e["game"] for e in part}), "success": mean(e["won"] for e in part),
+                "interval": bootstrap(by_game(part).values()),
+                "mean_actions": mean(e["actions"] for e in part)}
+
+    type_of = {game.id: game.task_type for game in games}
+    by_task = {t: [e for e in episodes if type_of[e["game"]] == t] for t in TASK_TYPES}
+    return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
+
+
+def mean(values):
+    return float(np.mean(list(values)))
+
+
+def by_game(episodes):
+    """-> {game: share of its episodes that were won}, in order of game"""
+    won = {}
+    for e in sorted(episodes, key=lambda e: e["game"]):
+        won.setdefault(e["game"], []).append(e["won"])
+    return {game: mean(w) for game, w in won.items()}
+
+
+def bootstrap(values, n=10_000, seed=0):
+    """95 % interval of the mean of one value a game, resampling games. -> [low, high]"""
+    values = np.array(list(values))
+    resampled = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    return np.quantile(values[resampled].mean(1), (0.025, 0.975)).tolist()
+
+
+def paired_bootstrap(before, after):
+    """Two lists of episodes on the same games -> (mean gain in success, low, high), 95 %."""
+    a, b = by_game(before), by_game(after)
+    if a.keys() != b.keys():
+        raise ValueError("a paired bootstrap needs the same games on both sides")
+    gain = [b[game] - a[game] for game in a]
+    return mean(gain), *bootstrap(gain)
+
+
+def points(gain):
+    """(gain, low, high) -> text, in points"""
+    return f"{100 * gain[0]:+.1f} ({100 * gain[1]:+.1f} … {100 * gain[2]:+.1f})"
+
+
+def table(result):
+    """A result of `evaluate_*` -> lines of text."""
+    lines = [f"{'task type':34}{'games':>7}{'success':>9}{'95 % interval':>18}{'actions':>9}"]
+    for name, r in (*result["by_task"].items(), ("all", result)):
+        low, high = r["interval"]
+        lines.append(f"{name:34}{r['games']:7}{r['success']:9.1%}{low:9.1%} …{high:7.1%}"
+                     f"{r['mean_actions']:9.2f}")
+    return lines
