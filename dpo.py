@@ -83,11 +83,8 @@ def policy_loss(batch, settings):
 
 def prm_judge(prm, bounded=True):
     """-> judge(sequences, states): Q(s, ·) of all candidates (B, C); σ(f), or f if not bounded."""
-    def judge(sequences, states):
-        f = score_states(prm, sequences, states)
-        return f.sigmoid() if bounded else f
-
-    return judge
+    value = torch.sigmoid if bounded else lambda f: f
+    return lambda sequences, states: value(score_states(prm, sequences, states))
 
 
 def improve(policy, reference, judge, tokenizer, trajectories, games, settings, *, seed,

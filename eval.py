@@ -18,12 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fast_alfworld import (GAMES, AlfworldEnv, Expert, Human, demonstrate, fit_prior, games_for,
-                           split_dev)
+from fast_alfworld import GAMES, AlfworldEnv, Expert, Human, fit_prior, games_for, split_dev
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
 from fast_alfworld.reference import ReferenceEnv
-from fast_alfworld.score import mean, paired_bootstrap, summarise
+from fast_alfworld.score import mean, paired_bootstrap, play_scripted, summarise
 from results import explain, narrate, report, result_of
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
@@ -68,18 +67,9 @@ def evaluate_best_episodes(policy, prm, tokenizer, games, n, *, episodes_per_gam
 def evaluate_scripted(agent, games, expert, *, episodes_per_game=1, max_steps=30, seed=0,
                       make_env=AlfworldEnv):
     """The same without a policy: `expert` acts; agent "random": uniformly over the candidates."""
-    env, mistakes = make_env(max_steps), float(agent == "random")
-
-    def player(todo):
-        for game, number, *_ in todo:
-            rng = generator(seed, agent, game.id, number)
-            try:
-                demo = demonstrate(env, game, expert, rng, mistakes, max_steps=max_steps)
-            except EOFError:  # a person has had enough
-                return
-            yield {"game": game.id, "won": demo.won, "actions": len(demo.steps)}
-
-    episodes = play(player, games, episodes_per_game, agent)
+    mistakes, rng_of = float(agent == "random"), lambda *name: generator(seed, agent, *name)
+    episodes = play(lambda todo: play_scripted(make_env(max_steps), todo, expert, rng_of, mistakes,
+                                               max_steps), games, episodes_per_game, agent)
     if not episodes:
         raise UserError("no game was played to its end")
     return {**summarise(episodes, games), "episodes": episodes}

@@ -51,15 +51,14 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        for metric, (total, n) in metrics.items():
-            before = sums.get(metric, (0.0, 0.0))
-            sums[metric] = before[0] + float(total), before[1] + float(n)
+        for metric, pair in metrics.items():
+            sums[metric] = sums.get(metric, 0.0) + np.array([float(x) for x in pair])
         bar.update()
         if step % stretch == 0 or step == updates:
             gathered = all_gather(sums)
-            means = {m: sum(s.get(m, (0, 0))[0] for s in gathered) / n for m in sums
-                     if (n := sum(s.get(m, (0, 0))[1] for s in gathered))}
-            log.append({"step": step, **means, **(watch() if watch else {})})
+            totals = {m: sum(s[m] for s in gathered if m in s) for m in sums}
+            log.append({"step": step, **{m: float(total / n) for m, (total, n) in totals.items()
+                                         if n}, **(watch() if watch else {})})
             sums = {}
             bar.set_postfix({k: f"{v:.3f}" for k, v in list(log[-1].items())[1:6]})
             model.train()
@@ -94,6 +93,7 @@ def _save_state(path, model, optimizers, step, log, sums):
         tensors[f"weight {name}"] = p.detach().contiguous()
         for kind, x in (m for o in optimizers for m in o.state.get(p, {}).items()):
             tensors[f"{kind} {name}"] = x.contiguous()
+    sums = {metric: pair.tolist() for metric, pair in sums.items()}
     progress = {"progress": json.dumps({"step": step, "log": log, "sums": sums})}
     write_file(path, lambda p: save_file(tensors, str(p), metadata=progress))
 
@@ -117,4 +117,4 @@ def _load_state(path, model, optimizers):
     except Exception as error:  # of safetensors, JSON, or a missing name
         raise UserError(f"{path}: damaged ({error!r}); delete it, and the same command starts the "
                         "stage again") from error
-    return progress["step"], progress["log"], {k: tuple(v) for k, v in progress["sums"].items()}
+    return progress["step"], progress["log"], {k: np.array(v) for k, v in progress["sums"].items()}

@@ -234,8 +234,6 @@ def states_of(trajectory, game, tokenizer, row=0):
             zip(trajectory.spans[:, 0], replay(trajectory, game, tokenizer))]
 
 
-# --- free generation -----------------------------------------------------------------------------
-
 def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most=MAX_ACTION):
     """Sample token by token in cache rows (B,), ascending, that end with hidden states h (B, D).
 
@@ -262,8 +260,6 @@ def generate(policy, cache, rows, lengths, h, temperature, names, last=END, most
         lengths[rows[going]] += 1
     return out, logp
 
-
-# --- shards: rollouts on disk, played by any number of processes ---------------------------------
 
 def play_shards(shards, folder, device, workers, **options):
     """Play each shard (file, episodes) that is not on disk yet with the policy in `folder`.

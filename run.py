@@ -25,21 +25,19 @@ from fast_alfworld.cli import UserError
 from rollout import sample
 from utils import cpu_count, rank, read_json, read_model, wait_for_ranks, write_file, write_json
 
-PACKAGES = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
-
-
 def provenance():
     """Where a result comes from: git commit (None without git), machine, versions."""
     def git(*words):
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
+    packages = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
     try:
         commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "-uno"))
     except OSError:
         commit = ""
     return {"commit": commit or None, "machine": f"{platform.machine()}, {cpu_count()} cores",
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}}
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
 
 
 class Run:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate
+from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate, name_counts
 from fast_alfworld.gamefile import split_intro
 from model import Config
 from optim import optimise
@@ -24,16 +24,13 @@ from utils import generator, mine, pad
 
 def train_tokenizer(games, prior, seed, joined=False, sample=1000):
     """A vocabulary from the texts of `sample` demonstrations and all names of all games."""
-    counts, texts, env = {}, [HELP] * 5, AlfworldEnv(30)
-    for game in games:
-        for name, n in game.counts.items():
-            counts[name] = max(n, counts.get(name, 0))
+    texts, env = [HELP] * 5, AlfworldEnv(30)
     for i in generator(seed, "tokenizer").permutation(len(games))[:sample]:
         rng = generator(seed, "tokenizer", int(i))
         demo = demonstrate(env, games[i], Expert(prior), rng, mistakes=0.2)
         texts += [*split_intro(demo.observation),
                   *(text for step in demo.steps for text in (step.action, step.observation))]
-    return Tokenizer.train(texts, counts, joined)
+    return Tokenizer.train(texts, name_counts(games), joined)
 
 
 def demonstrations(games, prior, tokenizer, n, *, seed=0, max_steps=30, mistakes=0.0, noise=0.0):

@@ -94,7 +94,7 @@ def prm_loss(c, i, some, hide_ends=False):
 
 
 def judge(c, i, prm):
-    """What scores candidates in stage 3: judge(sequences, states) -> Q (B, C), or None. prm: Q_i."""
+    """What scores candidates in stage 3: Q_i. -> judge(sequences, states) -> Q (B, C), or None"""
     return dpo.prm_judge(prm, bounded=absolute(c.args))
 
 
@@ -239,8 +239,6 @@ def evaluate(c, i):
         play(c, i, f"eval-{split}", episodes, i, c.args.seed,
              lambda played: {"split": split, **result_of(played, some)})
 
-
-# --- set-up --------------------------------------------------------------------------------------
 
 def set_up():
     """Command line, games and run directory. -> Context"""

@@ -147,8 +147,6 @@ def pad(rows, value=0, dtype=torch.long):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-# --- ranks: what `torchrun --nproc_per_node=N train.py …` needs ----------------------------------
-
 def join_ranks(device):
     """Meet the other ranks, if torchrun started this process; each takes a GPU of its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

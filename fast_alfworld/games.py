@@ -159,6 +159,15 @@ def training_games(games, data, n_generated, test_splits, keep=lambda some: some
     return train, dev, test
 
 
+def name_counts(games):
+    """All base names of objects and receptacles in some games -> {name: its highest number}"""
+    counts = {}
+    for game in games:
+        for name, n in game.counts.items():
+            counts[name] = max(n, counts.get(name, 0))
+    return counts
+
+
 def fingerprint(games):
     """A text that is equal for equal lists of games: their number and a hash of their ids."""
     ids = "\n".join(game.id for game in games)

@@ -5,6 +5,7 @@ An episode is {"game": its id, "won": bool, "actions": how many}, of any agent.
 
 import numpy as np
 
+from .expert import demonstrate
 from .gamefile import TASK_TYPES
 
 
@@ -21,6 +22,20 @@ def summarise(episodes, games):
     type_of = {game.id: game.task_type for game in games}
     by_task = {t: [e for e in episodes if type_of[e["game"]] == t] for t in TASK_TYPES}
     return {**share(episodes), "by_task": {t: share(part) for t, part in by_task.items() if part}}
+
+
+def play_scripted(env, todo, player, rng_of, mistakes=0.0, max_steps=30):
+    """Yield the episodes of an Expert or Human; the share `mistakes` of the actions is random.
+
+    todo: tuples (game, number, …); rng_of(game id, number) -> numpy Generator.
+    """
+    for game, number, *_ in todo:
+        try:
+            demo = demonstrate(env, game, player, rng_of(game.id, number), mistakes,
+                               max_steps=max_steps)
+        except EOFError:  # a person has had enough
+            return
+        yield {"game": game.id, "won": demo.won, "actions": len(demo.steps)}
 
 
 def mean(values):

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from candidates import PrefixTree
-from fast_alfworld import AlfworldEnv, Expert, demonstrate, fit_prior, generated_split
+from fast_alfworld import (AlfworldEnv, Expert, demonstrate, fit_prior, generated_split,
+                           name_counts)
 from fast_alfworld.cli import command_line
 from fast_alfworld.gamefile import split_intro
 from model import Config, Transformer
@@ -66,11 +67,7 @@ def random_texts():
 
 @lru_cache
 def tokenizer():
-    counts = {}
-    for game in games():
-        for name, n in game.counts.items():
-            counts[name] = max(n, counts.get(name, 0))
-    return Tokenizer.train(random_texts(), counts)
+    return Tokenizer.train(random_texts(), name_counts(games()))
 
 
 def random_model(seed=0, head="lm", scale=0.2, **sizes):
