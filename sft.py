@@ -90,7 +90,7 @@ def sft_loss(logits, targets, weights, total):
 class Sft:
     """Settings of the training."""
     lr: float = 3e-3
-    batch: int = 8
+    batch: int = 4
     epochs: int = 1
     obs_weight: float = 0.1
     weight_decay: float = 0.1

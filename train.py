@@ -36,6 +36,7 @@ from utils import (generator, join_ranks, key, mine, pick_device, read_model, sa
 DEV_EPISODES = 2  # of each dev game
 SHARD = 256  # episodes
 HELD_OUT = 0.15  # share of the task folders whose rollouts validate the PRM
+MISTAKES = 0.15  # share of the demonstrations' actions that are random and masked (DART)
 DELTA = 0.03  # P1's δ: the smallest difference of Q̂ that makes a pair
 
 
@@ -61,7 +62,7 @@ def tokenizer(c):
 def demonstrations_(c):
     """What π_0 learns from, and InversePRM's expert. -> [(Trajectory, trained (T,) bool)]"""
     return demonstrations(c.train, c.prior, c.tokenizer, c.args.demos, seed=c.args.seed,
-                          max_steps=c.args.max_steps)
+                          max_steps=c.args.max_steps, mistakes=MISTAKES)
 
 
 def labels(c, i, some):
@@ -285,7 +286,7 @@ def parse(argv=None):
     add("--episodes-per-game", 5, "episodes of each test game", at_least_one)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add("--init", None, "folder of a policy to start from instead (default: none)", str)
-    add("--demos", 4000, "demonstrations, each seen once", at_least_one)
+    add("--demos", 3000, "demonstrations, each seen once", at_least_one)
     add("--sft-lr", Sft.lr, "learning rate", rate)
     add("--sft-batch", Sft.batch, "demonstrations an update", at_least_one)
     add("--obs-weight", Sft.obs_weight, "weight of the world's answers in the loss", between(0, 10))
