@@ -46,7 +46,7 @@ class Improve:
     """Settings of stage 3."""
     how: str = "exact"  # or "dpo"
     labels: str = "hard"  # of dpo; or "soft"
-    beta: float = 0.1  # weight of the KL to the reference
+    beta: float = 0.05  # weight of the KL to the reference
     kl: float = 0.0  # weight of KL(π ‖ π_ref) at every state of the pass, added to the loss
     min_gap: float = 0.0  # a pair with a smaller gap in Q carries no preference
     lr: float = 1e-4

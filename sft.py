@@ -109,7 +109,7 @@ def sft_loss(logits, targets, weights, total):
 class Sft:
     """Settings of the training. loss: "tokens" over the vocabulary, "candidates" over A(s)."""
     lr: float = 3e-3
-    batch: int = 8
+    batch: int = 4
     epochs: int = 1
     obs_weight: float = 0.1
     weight_decay: float = 0.1

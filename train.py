@@ -36,6 +36,7 @@ from utils import (Parser, UserError, a_seed, a_temperature, at_least_one, betwe
 DEV_EPISODES = 2  # of each dev game
 SHARD = 256  # episodes
 HELD_OUT = 0.15  # share of the task folders whose rollouts validate the PRM
+MISTAKES = 0.15  # share of the demonstrations' actions that are random and masked (DART)
 DELTA = 0.03  # P1's δ: the smallest difference of Q̂ that makes a pair
 
 
@@ -65,7 +66,7 @@ def tokenizer(c):
 
 def demonstrations_(c):
     """What π_0 learns from, and InversePRM's expert. -> [(Trajectory, trained (T,) bool)]"""
-    demos = Demos(c.args.demos, c.args.seed, c.args.max_steps)
+    demos = Demos(c.args.demos, c.args.seed, c.args.max_steps, MISTAKES)
     return demonstrations(c.train, c.prior, demos, c.tokenizer)
 
 
@@ -326,7 +327,7 @@ def parse(argv=None):
     add("--episodes-per-game", 5, "episodes of each test game", type=at_least_one)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add("--init", None, "start from this policy instead (default: none)", type=str, metavar="DIR")
-    add("--demos", 4000, "demonstrations, each seen once", type=at_least_one)
+    add("--demos", 3000, "demonstrations, each seen once", type=at_least_one)
     add("--sft-lr", Sft.lr, "learning rate", type=between(1e-12, 10))
     add("--sft-batch", Sft.batch, "demonstrations an update", type=at_least_one)
     add("--obs-weight", Sft.obs_weight, "weight of the world's answers in the loss",
