@@ -43,15 +43,14 @@ class PrefixTree:
         ids, parent, depth, command, token, before = ([] for _ in range(6))
         for c, text in enumerate(commands):
             at, path = -1, []
-            for k, t in enumerate((*encode(text), END)):
+            for k, t in enumerate(encode(text)):
                 command.append(c), token.append(t), before.append(at + 1)
-                if t == END:
-                    break
                 if (at, t) not in child_of:
                     child_of[at, t] = len(ids)
                     ids.append(t), parent.append(at), depth.append(k)
                 at = child_of[at, t]
                 path.append(at)
+            command.append(c), token.append(END), before.append(at + 1)
             self.paths.append(np.array(path, np.int64))
         self.n = len(ids)
         leaves = [path[-1] if len(path) else -1 for path in self.paths]

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAIN = "import optim, utils, train; optim.SAVE_EVERY = 0.5; utils.command_line(train.main)"
+TRAIN = ("import optim, train; from fast_alfworld.cli import command_line; "
+         "optim.SAVE_EVERY = 0.5; command_line(train.main)")
 # Both runs have the same command line, --out included, and no git commit.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GIT_DIR": "/nowhere"}
 
