@@ -199,7 +199,8 @@ def same(a, b):
 # train.py: every stage twice, in seconds
 TINY = ("--games tiny --n-generated 40 --iters 2 --demos 48 --dim 32 --layers 2 --max-steps 8 "
         "--rollouts 40 --rollouts-per-game 4 --prm-batch 8 --updates 3 --dpo-batch 4 "
-        "--temperature 1 --episodes-per-game 1 --threads 1").split()
+        "--sft-batch 8 --beta 0.1 --temperature 1 --episodes-per-game 1 "
+        "--threads 1").split()
 # Records name the git commit; where others commit meanwhile, two runs would differ in it.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GIT_DIR": "/nowhere"}
 
