@@ -226,7 +226,8 @@ def test_a_tiny_policy_learns_tiny_games(kind, tmp_path):
     """From next to nothing; a mistake that is masked is not learned."""
     some = demos(96, some=SMALL, mistakes=0.1)
     policy, before = random_model(scale=0.1), random_model(scale=0.1)
-    log = train_sft(policy, some, Sft(lr=2e-2, batch=8, epochs=2), 0, tmp_path / "state", LOSSES[kind])
+    settings = Sft(lr=2e-2, batch=8, epochs=2)
+    log = train_sft(policy, some, settings, 0, tmp_path / "state", LOSSES[kind])
     assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["step"] == 24
     won = [np.mean([t.won for t in play(model, [Episode(game, k) for game in SMALL
                                                 for k in range(2)], max_steps=12)])
