@@ -10,13 +10,13 @@
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,8 +112,11 @@ class Run:
     def _add_cost(self, name, seconds, core_seconds):
         if rank():
             return
-        costs, peak = self.costs(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024  # bytes
+        costs, peak = self.costs(), 0  # bytes of memory; unknown on Windows
+        if find_spec("resource"):
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
         old = costs.get(name, {"seconds": 0, "core_seconds": 0, "peak_mb": 0})
         costs[name] = {"seconds": round(old["seconds"] + seconds, 2),
                        "core_seconds": round(old["core_seconds"] + core_seconds, 2),

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from fast_alfworld import HELP, AlfworldEnv, Expert, demonstrate, name_counts
 from fast_alfworld.gamefile import split_intro
-from model import Config
+from model import Config, Transformer
 from optim import optimise
 from rollout import MAX_ACTION, Trajectory, replay
 from tokenizer import END, Tokenizer
-from utils import generator, mine, pad
+from utils import generator, key, mine, pad
 
 
 def train_tokenizer(games, prior, seed, joined=False, sample=1000):
@@ -31,6 +31,14 @@ def train_tokenizer(games, prior, seed, joined=False, sample=1000):
         texts += [*split_intro(demo.observation),
                   *(text for step in demo.steps for text in (step.action, step.observation))]
     return Tokenizer.train(texts, name_counts(games), joined)
+
+
+def untrained(vocab_size, dim, layers, seed):
+    """The transformer that π_0 starts from: heads of 32 dimensions, weights fixed by the seed."""
+    torch.manual_seed(key(f"policy {seed}"))
+    heads = dim // 32
+    return Transformer(Config(vocab_size, dim, layers, heads, heads if heads % 2 else heads // 2,
+                              3 * dim))
 
 
 def demonstrations(games, prior, tokenizer, n, *, seed=0, max_steps=30, mistakes=0.0, noise=0.0):

@@ -24,12 +24,11 @@ from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
 from inverse_prm import inverse_objective
-from model import Config, Transformer
 from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
 from run import Context, Run, games_of
-from sft import Sft, demonstrations, train_sft, train_tokenizer
+from sft import Sft, demonstrations, train_sft, train_tokenizer, untrained
 from utils import (generator, join_ranks, key, mine, pick_device, read_model, save_model,
                    set_up_torch, wait_for_ranks)
 
@@ -129,10 +128,7 @@ def supervised(c):
             policy, c.tokenizer = read_model(args.init, c.device)
         else:
             c.tokenizer = c.steps.tokenizer(c)
-            torch.manual_seed(key(f"policy {args.seed}"))
-            heads = args.dim // 32
-            policy = Transformer(Config(len(c.tokenizer), args.dim, args.layers, heads,
-                                        heads if heads % 2 else heads // 2, 3 * args.dim))
+            policy = untrained(len(c.tokenizer), args.dim, args.layers, args.seed)
             settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
             log = train_sft(policy.to(c.device), c.demonstrations, settings, args.seed, state)
         save_model(folder, policy, c.tokenizer)
@@ -172,10 +168,13 @@ def play(c, i, name, episodes, policy, seed, summary):
                 bar.update(int(ended) - bar.n)
                 bar.set_postfix(won=f"{won / max(1, ended):.1%}", refresh=False)
         wait_for_ranks()
-        return summary([t for file, _ in shards for t in load_trajectories(file)])
+        return summary(load())
+
+    def load():
+        return [t for file, _ in shards for t in load_trajectories(file)]
 
     c.run.once(f"iter{i}/{name}", make, [file for file, _ in shards])
-    return [t for file, _ in shards for t in load_trajectories(file)]
+    return load()
 
 
 def train_prm(c, i, some, name="prm"):
@@ -196,8 +195,8 @@ def train_prm(c, i, some, name="prm"):
         table = q_table(new, c.tokenizer, args.gamma)
         pairs, _ = preference_pairs(new, table, DELTA)
         gained = np.concatenate([returns(t, args.gamma) for t in new])
-        metrics = prms.validation_metrics(prm, new, labels_of(new, table), gained)
-        return {"validation": metrics if absolute(args) else None,
+        return {"validation": prms.validation_metrics(prm, new, labels_of(new, table), gained)
+                if absolute(args) else None,
                 "pair_accuracy": prms.pair_accuracy(prm, new, pairs, c.tokenizer), "log": log}
 
     c.run.once(f"iter{i}/{name}", make)

@@ -11,14 +11,13 @@ from candidates import score_states
 from eval import evaluate_policy
 from fast_alfworld import COMPLETE, GAMES, fingerprint, fit_prior, games_for, split_dev
 from fast_alfworld.cli import UserError, a_seed, a_temperature, at_least_one, between
-from model import Config, Transformer
 from rollout import states_of
 from run import Run
-from sft import Sft, demonstrations, token_loss, train_sft, train_tokenizer
+from sft import Sft, demonstrations, token_loss, train_sft, train_tokenizer, untrained
 from tools.experiment import (common_flags, list_of, new_figure, parser_of, percent, save_figure,
                               span, write_table)
 from train import DEV_EPISODES
-from utils import key, mine, pick_device, read_json, save_model, set_up_torch
+from utils import mine, pick_device, read_json, save_model, set_up_torch
 
 
 def sft(argv):
@@ -99,9 +98,7 @@ def train_and_play(args, games, n, seed, state, folder):
     """π_0 of n demonstrations as train.py makes it, saved to a folder. -> its evaluation on dev"""
     train, dev, prior, device = games
     tokenizer = train_tokenizer(train, prior, seed, args.joined_names)
-    torch.manual_seed(key(f"policy {seed}"))
-    policy = Transformer(Config(len(tokenizer), args.dim, args.layers, args.dim // 32,
-                                max(1, args.dim // 64), 3 * args.dim)).to(device)
+    policy = untrained(len(tokenizer), args.dim, args.layers, seed).to(device)
     shown = demonstrations(train, prior, tokenizer, n, seed=seed, max_steps=args.max_steps,
                            mistakes=args.mistakes, noise=args.noise)
     settings = Sft(lr=args.lr, batch=args.batch, epochs=args.epochs, obs_weight=args.obs_weight,
