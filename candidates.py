@@ -184,31 +184,23 @@ def score_states(model, sequences, states, temperature=1.0):
 def hidden(model, sequences, states):
     """-> (N, D): the hidden states that `values` asks for, of `states` as in `score_states`.
 
-    Each sequence becomes one row: its tokens, as far as a state sees them, then its states' trees.
+    The sequences, as far as a state sees them, come first; then the trees, in rows of their own.
     """
-    ends, of = model.config.head == "score", {}
-    for n, (b, *_) in enumerate(states):
-        of.setdefault(b, []).append(n)
-    own = [max(states[n][1] for n in numbers) for numbers in of.values()]  # tokens of the sequence
-    lengths = [L + sum(states[n][2].nodes(ends) for n in numbers)
-               for L, numbers in zip(own, of.values())]
-    S, places = max(lengths), [None] * len(states)
-    ids, positions = np.zeros((2, len(of), S), np.int64)
-    mask = np.zeros((len(of), S, S), bool)
-    for r, ((b, numbers), L) in enumerate(zip(of.items(), own)):
-        ids[r, :L], positions[r, :L] = sequences[b][:L], np.arange(L)
-        mask[r, :L, :L] = np.tri(L, dtype=bool)
-        at = L
-        for n in numbers:
-            _, start, tree = states[n]
-            m = tree.nodes(ends)
-            nodes = slice(at, at + m)
-            ids[r, nodes], positions[r, nodes] = tree.ids[:m], tree.depth[:m] + start
-            mask[r, nodes, :start], mask[r, nodes, nodes] = True, tree.seen[:m, :m]
-            read = np.append(start - 1, np.arange(at, at + m))  # the <act>, then the tree
-            places[n] = r * S + (read[-len(tree):] if ends else read)
-            at += m
-        mask[r, at:, 0] = True  # padding sees something, so that no softmax is of nothing
-    to = lambda array: torch.from_numpy(array).to(model.device)
-    h = model.ragged(to(ids), torch.tensor(lengths), to(positions), to(mask))  # (rows, S, D)
-    return h.flatten(0, 1)[to(np.concatenate(places))]
+    ends, length = model.config.head == "score", {}
+    for b, start, _ in states:
+        length[b] = max(start, length.get(b, 0))
+    own = sorted(length, key=length.get)  # neighbours of similar length
+    order = sorted(range(len(states)), key=lambda n: states[n][1])
+    sizes = [states[n][2].nodes(ends) for n in order]
+    trees = [states[n][2] for n in order]
+    starts = np.array([0] * len(own) + [states[n][1] for n in order])
+    parents = np.array([*range(len(own)), *(own.index(states[n][0]) for n in order)])
+    tokens = [sequences[b][:length[b]] for b in own] + [t.ids[:m] for t, m in zip(trees, sizes)]
+    nothing = np.empty(0, np.int64), np.empty((0, 0), bool)
+    behind = [nothing] * len(own) + [(t.depth[:m], t.seen[:m, :m]) for t, m in zip(trees, sizes)]
+    h = model.extend(None, starts, tokens, behind, parents)
+    offsets, places = np.cumsum([0, *map(len, tokens)]), [None] * len(states)
+    for n, row, tree, m in zip(order, range(len(own), len(tokens)), trees, sizes):
+        act, nodes = offsets[parents[row]] + starts[row] - 1, offsets[row] + np.arange(m)
+        places[n] = nodes[-len(tree):] if ends else np.append(act, nodes)
+    return h[torch.from_numpy(np.concatenate(places)).to(h.device)]

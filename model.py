@@ -118,42 +118,37 @@ class Transformer(nn.Module):
     def device(self):
         return self.cos.device
 
-    def forward(self, ids, positions=None, mask=None):
+    def forward(self, ids):
         """Hidden states of whole sequences, without a cache: ids (B, S), padded at the end.
 
-        positions (B, S) and mask (B, S, S), True where token i sees token j, are for sequences
-        that branch; without them attention is causal. -> (B, S, D)
-        """
+        -> (B, S, D)"""
         def attend(q, k, v):  # (B, S, heads, head_dim)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            o = F.scaled_dot_product_attention(
-                q, k, v, None if mask is None else mask.unsqueeze(1), is_causal=mask is None,
-                enable_gqa=True)
-            return o.transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device)
         return self._run(self.model["embed_tokens"](ids), positions, lambda layer: attend)
 
-    def ragged(self, ids, lengths, positions=None, mask=None):
+    def ragged(self, ids, lengths):
         """`forward` for sequences of very different lengths (B,): less padding on a CPU."""
         if ids.device.type != "cpu":
-            return self(ids, positions, mask)
+            return self(ids)
         S, order, parts = ids.shape[1], torch.argsort(lengths), []
         for rows in order.chunk(4):
             n = int(lengths[rows].max())
-            h = self(ids[rows, :n], None if positions is None else positions[rows, :n],
-                     None if mask is None else mask[rows, :n, :n])
-            parts.append(F.pad(h, (0, 0, 0, S - n)))
+            parts.append(F.pad(self(ids[rows, :n]), (0, 0, 0, S - n)))
         return torch.cat(parts)[torch.argsort(order)]
 
-    def extend(self, cache, starts, tokens, trees=None):
+    def extend(self, cache, starts, tokens, trees=None, parents=None):
         """Append new tokens to every row of a cache, in one forward pass. -> (all new tokens, D)
 
         starts (rows,): tokens that a row holds already. tokens: for every row its new ids (n,),
         perhaps none: a chain, each seeing all before it. With trees[row] = (depth (m,), seen (m, m)
         bool) the last m are a tree behind the chain: at position chain's end + depth, seeing the
         chain and what `seen` says. Only attention pads, a few neighbouring rows alike.
+        cache None, to train: the tokens that a row holds are the first of row parents[row], whose
+        own start is 0; such rows come first.
         """
         def flat(arrays):
             return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(self.device)
@@ -168,17 +163,20 @@ class Transformer(nn.Module):
             masks[-1][chain:, chain:] = seen
         rows = flat([np.repeat(np.arange(len(counts)), counts)])
         slots = flat([start + np.arange(n) for start, n in zip(starts, counts)])
-        cache.reserve(int((starts + counts).max()))
-        step = STRETCH[self.device.type]
-        groups = [_stretch(self.config, slice(low, low + step), starts, counts, masks, self.device)
-                  for low in range(0, len(counts), step) if counts[low:low + step].any()]
+        if cache:
+            cache.reserve(int((starts + counts).max()))
+        step, whole = STRETCH[self.device.type], 0 if cache else np.count_nonzero(starts == 0)
+        cuts = [*range(0, whole, step), *range(whole, len(counts), step), len(counts)]
+        groups = [_stretch(self.config, slice(*cut), starts, counts, masks, parents, self.device)
+                  for cut in zip(cuts, cuts[1:]) if counts[slice(*cut)].any()]
 
         def attend_in(layer):
             def attend(q, k, v):  # (N, heads, head_dim)
-                cache.k[layer][rows, :, slots] = k.to(cache.k.dtype)
-                cache.v[layer][rows, :, slots] = v.to(cache.v.dtype)
-                return torch.cat([group(q, cache.k[layer], cache.v[layer]).to(q.dtype)
-                                  for group in groups])
+                if cache:
+                    cache.k[layer][rows, :, slots] = k.to(cache.k.dtype)
+                    cache.v[layer][rows, :, slots] = v.to(cache.v.dtype)
+                    k, v = cache.k[layer], cache.v[layer]
+                return torch.cat([group(q, k, v).to(q.dtype) for group in groups])
             return attend
 
         return self._run(self.model["embed_tokens"](flat(tokens)), flat(positions), attend_in)
@@ -237,13 +235,16 @@ class Transformer(nn.Module):
         return model.to(device)
 
 
-def _stretch(c, rows, starts, counts, masks, device):
-    """Attention of the new tokens of some neighbouring cache rows, padded side by side.
+def _stretch(c, rows, starts, counts, masks, parents, device):
+    """Attention of the new tokens of some neighbouring rows, padded side by side (see `extend`).
 
-    -> attend(q (N, heads, head_dim), k and v (rows, kv heads, length, head_dim)) -> (n, …)
+    -> attend(q (N, heads, head_dim), k and v) -> (n, …). k and v are those of the cache (rows, kv
+    heads, length, head_dim), or with `parents` those of all new tokens (N, kv heads, head_dim).
     """
-    first, (starts, counts, masks) = counts[:rows.start].sum(), (
-        x[rows] for x in (starts, counts, masks))
+    to = lambda array: torch.from_numpy(array).to(device)
+    offsets = np.cumsum(counts) - counts  # of each row's first new token
+    tokens = slice(offsets[rows][0], offsets[rows][-1] + counts[rows][-1])
+    own, (starts, counts, masks) = offsets[rows], (x[rows] for x in (starts, counts, masks))
     b, S, T = len(counts), int(counts.max()), int((starts + counts).max())
     bias = np.full((b, S, T), -np.inf, np.float32)  # added to the attention logits
     for row, start, n, mask in zip(bias, starts, counts, masks):
@@ -251,18 +252,26 @@ def _stretch(c, rows, starts, counts, masks, device):
         row[:n, start:start + n][mask] = 0
         row[n:, 0] = 0  # padding sees something, so that no softmax is of nothing
     # The G query heads that share a kv head become G·S queries of it.
-    bias = torch.from_numpy(bias)[:, None].repeat(1, 1, c.n_heads // c.n_kv_heads, 1).to(device)
-    place = np.nonzero((np.arange(S) < counts[:, None]).ravel())[0]  # of each token, padded
-    place, tokens = torch.from_numpy(place).to(device), slice(first, first + counts.sum())
+    bias = to(bias)[:, None].repeat(1, 1, c.n_heads // c.n_kv_heads, 1)
+    place = to(np.nonzero((np.arange(S) < counts[:, None]).ravel())[0])  # of each token, padded
+    if parents is not None:
+        slot, first = np.arange(T), offsets[parents[rows]]
+        held, new = slot < starts[:, None], slot - starts[:, None]
+        seen = np.where(held, first[:, None] + slot, own[:, None] + new)
+        seen = to(np.where(new < counts[:, None], seen, 0).ravel())  # the token in each slot
+
+    def keys(x):  # -> (b, kv heads, T, head_dim)
+        if parents is None:
+            return x[rows, :, :T]
+        return x.index_select(0, seen).unflatten(0, (b, T)).transpose(1, 2)
 
     def attend(q, k, v):
-        padded = q.new_zeros(b * S, *q.shape[1:])
-        padded[place] = q[tokens]
+        padded = q.new_zeros(b * S, *q.shape[1:]).index_copy(0, place, q[tokens])
         q = padded.view(b, S, c.n_kv_heads, -1, q.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        k, v = (cached[rows, :, :T] for cached in (k, v))
+        k, v = keys(k), keys(v)
         o = F.scaled_dot_product_attention(q.to(k.dtype), k, v, bias.to(k.dtype))
         o = o.unflatten(2, (-1, S)).permute(0, 3, 1, 2, 4).reshape(padded.shape)
-        return o[place]
+        return o.index_select(0, place)
 
     return attend
 

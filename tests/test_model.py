@@ -90,19 +90,11 @@ def test_a_padded_batch_equals_each_sequence_alone():
 
 
 @pytest.mark.parametrize("lengths", ([40], [40, 3], [7, 40, 12, 1, 33, 5, 9, 2, 17]))
-@pytest.mark.parametrize("branching", (False, True))
-def test_sequences_of_like_length_run_together_equal_the_padded_batch(lengths, branching):
-    """`ragged` and `forward`, values and gradients; with any positions and any mask."""
-    model, ids, S, extra = random_model(), random_ids(len(lengths), 40), 40, ()
-    if branching:
-        g = torch.Generator().manual_seed(0)
-        positions = torch.randint(90, (len(lengths), S), generator=g)
-        mask = torch.rand(len(lengths), S, S, generator=g) < 0.5
-        mask &= torch.arange(S) < torch.tensor(lengths)[:, None, None]  # nothing sees padding
-        mask[..., 0] = True
-        extra = positions, mask
+def test_sequences_of_like_length_run_together_equal_the_padded_batch(lengths):
+    """`ragged` and `forward`, values and gradients."""
+    model, ids, S = random_model(), random_ids(len(lengths), 40), 40
     values, gradients = [], []
-    for h in (model(ids, *extra), model.ragged(ids, torch.tensor(lengths), *extra)):
+    for h in (model(ids), model.ragged(ids, torch.tensor(lengths))):
         assert h.shape == (len(lengths), S, 32)
         h = torch.cat([row[:n] for n, row in zip(lengths, h)])
         values.append(h.detach())
@@ -147,17 +139,31 @@ def random_tree(rng, n):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@torch.no_grad()
-def test_a_tree_in_one_pass_equals_each_of_its_paths(seed):
-    model, ids, chain = random_model(seed), random_ids(40, seed=seed), 15
-    paths, depth, seen = random_tree(np.random.default_rng(seed), 25)
-    positions, mask = np.arange(40), np.tril(np.ones((40, 40), bool))
-    positions[chain:], mask[chain:, chain:] = chain + depth, seen
-    h = model(ids[None], torch.from_numpy(positions)[None], torch.from_numpy(mask)[None])[0]
-    assert 2 < max(map(len, paths)) < 20
-    for i, path in enumerate(paths):
-        alone = model(ids[[*range(chain), *(chain + k for k in path)]][None])[0, -1]
-        torch.testing.assert_close(h[chain + i], alone, atol=1e-5, rtol=1e-5)
+def test_trees_behind_sequences_in_one_pass_equal_each_of_their_paths(seed):
+    """Without a cache: values, and gradients through the sequences that trees share."""
+    model, rng = random_model(seed), np.random.default_rng(seed)
+    own, trees = [random_ids(int(n), seed=k) for k, n in enumerate((9, 30, 15))], []
+    for row in rng.integers(3, size=11):
+        n = int(rng.integers(1, 40))
+        trees.append((row, int(rng.integers(1, len(own[row]) + 1)), random_ids(n, seed=n),
+                      *random_tree(rng, n)))
+    nothing = np.empty(0, np.int64), np.empty((0, 0), bool)
+    h = model.extend(None, np.array([0] * 3 + [start for _, start, *_ in trees]),
+                     [*(x.numpy() for x in own), *(ids.numpy() for _, _, ids, *_ in trees)],
+                     [nothing] * 3 + [(depth, seen) for *_, depth, seen in trees],
+                     np.array([0, 1, 2, *(row for row, *_ in trees)]))
+    alone = [model(ids[None])[0] for ids in own]
+    for row, start, ids, paths, *_ in trees:
+        alone.append(torch.stack([model(torch.cat((own[row][:start], ids[path]))[None])[0, -1]
+                                  for path in paths]))
+    assert 2 < max(len(path) for *_, paths, _, _ in trees for path in paths) < 25
+    gradients = []
+    for x in (h, torch.cat(alone)):
+        model.zero_grad()
+        (x * torch.linspace(-1, 1, 32)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(h, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5 * float(gradients[0].abs().max()), rtol=1e-3)
 
 
 @torch.no_grad()
