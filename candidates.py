@@ -11,11 +11,10 @@ the <end> token included. The commands are laid out as a prefix tree behind the 
                             │                   └─ 2 ── <end>
                             └─ look ─── <end>
 
-The policy reads log p of each token at its parent; the PRM reads Q(s, a) at the <end> of a.
-In rollouts the history is in a KV cache (`extend`); in training a whole trajectory and the trees of
+The policy reads log p of each token at its parent; the PRM reads Q(s, a) at the <end> of a. In
+rollouts the history is in a KV cache (`extend`); in training a whole trajectory and the trees of
 several of its states are one sequence (`score_states`). A batch of states is a (B, C) tensor,
-padded with FORBIDDEN where a state has fewer than C candidates.
-"""
+padded with FORBIDDEN where a state has fewer than C candidates."""
 
 from functools import lru_cache
 
@@ -31,12 +30,11 @@ FORBIDDEN = -1e9  # log-probability of padding; finite, so that 0 · log 0 is 0
 class PrefixTree:
     """The prefix tree of some commands.
 
-    ids (n + C,): tokens of the n inner nodes, parents first, then <end> for each command. depth
-    (n + C,): distance from the <act>. seen (n + C, n + C) bool: node i sees node j, which is an
+    ids (n + C,): tokens of the n inner nodes, parents first, then <end> for each command.
+    depth (n + C,): distance from the <act>. seen (n + C, n + C) bool: node i sees node j, an
     ancestor or itself. paths: the nodes of each command without its <end>. For every token of every
-    command, <end> included: `command`, its number; `token`; `before`, the node that predicts it,
-    0 being the <act> and 1 + i node i.
-    """
+    command, <end> included: `command`, its number; `token`; `before`, the node that predicts it, 0
+    being the <act> and 1 + i node i."""
 
     def __init__(self, commands, encode):
         self.commands, self.paths, child_of = commands, [], {}
@@ -163,8 +161,7 @@ def extend(model, cache, starts, chains, trees, temperature=1.0):
 def keep_branch(cache, rows, lengths, paths):
     """Of the trees behind lengths (B,) tokens of cache rows (B,), keep one path of nodes each.
 
-    The keys and values are moved, not computed again.
-    """
+    The keys and values are moved, not computed again."""
     counts = [len(path) for path in paths]
     rows, lengths = np.repeat(rows, counts), np.repeat(lengths, counts)
     target = np.concatenate([np.arange(n) for n in counts])
@@ -184,23 +181,21 @@ def score_states(model, sequences, states, temperature=1.0):
 def hidden(model, sequences, states):
     """-> (N, D): the hidden states that `values` asks for, of `states` as in `score_states`.
 
-    The sequences, as far as a state sees them, come first; then the trees, in rows of their own.
-    """
+    The sequences, as far as a state sees them, come first; then the trees, in rows of their own."""
     ends, length = model.config.head == "score", {}
     for b, start, _ in states:
         length[b] = max(start, length.get(b, 0))
     own = sorted(length, key=length.get)  # neighbours of similar length
-    order = sorted(range(len(states)), key=lambda n: states[n][1])
-    sizes = [states[n][2].nodes(ends) for n in order]
-    trees = [states[n][2] for n in order]
-    starts = np.array([0] * len(own) + [states[n][1] for n in order])
-    parents = np.array([*range(len(own)), *(own.index(states[n][0]) for n in order)])
-    tokens = [sequences[b][:length[b]] for b in own] + [t.ids[:m] for t, m in zip(trees, sizes)]
-    nothing = np.empty(0, np.int64), np.empty((0, 0), bool)
-    behind = [nothing] * len(own) + [(t.depth[:m], t.seen[:m, :m]) for t, m in zip(trees, sizes)]
-    h = model.extend(None, starts, tokens, behind, parents)
+    order, nothing = sorted(range(len(states)), key=lambda n: states[n][1]), (
+        np.empty(0, np.int64), np.empty((0, 0), bool))
+    rows = [(0, sequences[b][:length[b]], nothing, r) for r, b in enumerate(own)]
+    for b, start, tree in (states[n] for n in order):
+        m = tree.nodes(ends)
+        rows.append((start, tree.ids[:m], (tree.depth[:m], tree.seen[:m, :m]), own.index(b)))
+    starts, tokens, behind, parents = zip(*rows)
+    h = model.extend(None, np.array(starts), tokens, behind, np.array(parents))
     offsets, places = np.cumsum([0, *map(len, tokens)]), [None] * len(states)
-    for n, row, tree, m in zip(order, range(len(own), len(tokens)), trees, sizes):
-        act, nodes = offsets[parents[row]] + starts[row] - 1, offsets[row] + np.arange(m)
-        places[n] = nodes[-len(tree):] if ends else np.append(act, nodes)
+    for n, row in zip(order, range(len(own), len(rows))):
+        act, nodes = offsets[parents[row]] + starts[row] - 1, np.arange(*offsets[row:row + 2])
+        places[n] = nodes[-len(states[n][2]):] if ends else np.append(act, nodes)
     return h[torch.from_numpy(np.concatenate(places)).to(h.device)]

@@ -7,8 +7,7 @@ With the candidates at hand π(·|s), KL and E[Q] are exact, and the objective h
     dpo, soft labels    the same pairs, labelled σ(Q_a − Q_b): its optimum is the closed form
     exact               cross-entropy from the closed form, over all candidates
 
-All states of a trajectory that an update looks at share one forward pass (candidates.py).
-"""
+All states of a trajectory that an update looks at share one forward pass (candidates.py)."""
 
 from dataclasses import dataclass
 
@@ -93,8 +92,7 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
 
     games: {id: Game}. judge(sequences, states) -> Q (B, C); None for a loss that asks no PRM.
     Logged at every state, exactly: kl (to the reference), entropy and, with a judge, distillation
-    loss and gain in E[Q] over the reference. training: options of `optimise`.
-    """
+    loss and gain in E[Q] over the reference. training: options of `optimise`."""
     order = random_batches(generator(seed, "improve"), len(trajectories), settings.trajectories,
                            settings.updates)
 

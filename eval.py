@@ -22,12 +22,13 @@ from fast_alfworld import GAMES, AlfworldEnv, Expert, Human, fit_prior, games_fo
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
 from fast_alfworld.reference import ReferenceEnv
-from fast_alfworld.score import mean, paired_bootstrap, play_scripted, summarise
-from results import explain, narrate, report, result_of
+from fast_alfworld.score import (earlier, mean, paired_bootstrap, play_scripted, report,
+                                 summarise)
+from results import explain, narrate, result_of
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
-from utils import generator, pick_device, read_json, read_model, set_up_torch, write_json
+from utils import generator, pick_device, read_model, set_up_torch, write_json
 
 WORLDS = {"fast": [AlfworldEnv], "alfworld": [ReferenceEnv], "both": [AlfworldEnv, ReferenceEnv]}
 
@@ -154,18 +155,6 @@ def check(args, used):
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(args.json).parent).close()
-
-
-def earlier(file, games):
-    """The episodes of an earlier result; UserError where that is no result on these games."""
-    try:
-        episodes = [{"game": e["game"], "won": float(e["won"])}
-                    for e in read_json(file)["episodes"]]
-        if {e["game"] for e in episodes} == {game.id for game in games}:
-            return episodes
-    except (TypeError, LookupError, ValueError):
-        pass
-    raise UserError(f"--against {file}: not a result of eval.py --json on the same games")
 
 
 def evaluation(args, games, policy, tokenizer, prm):

@@ -6,8 +6,7 @@ A score f(s, a) stands for the Q of the reward that explains the expert,
 
 and a classifier with r as its logit learns to tell the expert's transitions from those of all
 learner policies so far. No outcome is read. That an episode ended by itself shows success, which
-`hide_ends` hides too.
-"""
+`hide_ends` hides too."""
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from utils import generator, key, uniform
 def inverse_loss(z, expert):
     """BCE of expert against learner: logits z (N,) of transitions, expert (N,) bool. -> (N,)
 
-    z = f(s, a) − γ f(s', a'); the gradient goes through both terms (P1, section 3.1).
-    """
+    z = f(s, a) − γ f(s', a'); the gradient goes through both terms (P1, section 3.1)."""
     return F.binary_cross_entropy_with_logits(z, expert.to(z.dtype), reduction="none")
 
 
@@ -31,8 +29,7 @@ def transitions(trajectory, trained=None, hide_ends=False):
     episode ended by itself with it, (n,) bool: then z = f(s, a).
 
     trained (T,) bool: actions that count. An episode that was cut has no last transition, for
-    nobody saw what comes next; with hide_ends no episode has one.
-    """
+    nobody saw what comes next; with hide_ends no episode has one."""
     T = len(trajectory)
     counts = np.ones(T, bool) if trained is None else trained.copy()
     counts[T - 1] &= not (hide_ends or trajectory.truncated)

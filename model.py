@@ -7,8 +7,7 @@
 
 RMSNorm, rotary positions, grouped-query attention with normalised queries and keys, SwiGLU. The
 layout and the tensor names are Qwen3's, so transformers opens a saved model as Qwen3ForCausalLM
-(policy) or Qwen3ForTokenClassification (PRM). The default has about 0.9 million parameters.
-"""
+(policy) or Qwen3ForTokenClassification (PRM). The default has about 0.9 million parameters."""
 
 import json
 from dataclasses import dataclass, replace
@@ -23,8 +22,6 @@ from torch.nn import functional as F
 # The type that layers compute in and the cache holds. Weights and losses stay float32.
 AUTOCAST = {"cuda": torch.bfloat16}
 STRETCH = {"cpu": 4, "cuda": 1024}  # cache rows that attend together; padding costs more on a CPU
-
-
 QWEN3 = {  # our names of sizes -> transformers'
     "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
@@ -146,10 +143,9 @@ class Transformer(nn.Module):
         starts (rows,): tokens that a row holds already. tokens: for every row its new ids (n,),
         perhaps none: a chain, each seeing all before it. With trees[row] = (depth (m,), seen (m, m)
         bool) the last m are a tree behind the chain: at position chain's end + depth, seeing the
-        chain and what `seen` says. Only attention pads, a few neighbouring rows alike.
-        cache None, to train: the tokens that a row holds are the first of row parents[row], whose
-        own start is 0; such rows come first.
-        """
+        chain and what `seen` says. Only attention pads, a few neighbouring rows alike. cache None,
+        to train: the tokens that a row holds are the first of row parents[row], whose own start is
+        0; such rows come first."""
         def flat(arrays):
             return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(self.device)
 
@@ -239,8 +235,7 @@ def _stretch(c, rows, starts, counts, masks, parents, device):
     """Attention of the new tokens of some neighbouring rows, padded side by side (see `extend`).
 
     -> attend(q (N, heads, head_dim), k and v) -> (n, …). k and v are those of the cache (rows, kv
-    heads, length, head_dim), or with `parents` those of all new tokens (N, kv heads, head_dim).
-    """
+    heads, length, head_dim), or with `parents` those of all new tokens (N, kv heads, head_dim)."""
     to = lambda array: torch.from_numpy(array).to(device)
     offsets = np.cumsum(counts) - counts  # of each row's first new token
     tokens = slice(offsets[rows][0], offsets[rows][-1] + counts[rows][-1])

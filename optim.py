@@ -27,10 +27,9 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
     """Train for `updates` steps of loss_of(step) -> (loss, {metric: (sum, count)}). -> log
 
     The learning rate rises over the first 5 % of the updates, then falls linearly to 0. The loss
-    must depend on the step and the weights alone: then a run that was killed and continued from
-    the file `state` equals an undisturbed one. The log: means of the metrics over about 20
-    stretches, each with what watch() -> {metric: value} says at its end.
-    """
+    must depend on the step and the weights alone: then a run that was killed and continued from the
+    file `state` equals an undisturbed one. The log: means of the metrics over about 20 stretches,
+    each with what watch() -> {metric: value} says at its end."""
     optimizers = optimizers_of(model, lr, weight_decay)
     step, log, sums = _load_state(state, model, optimizers)
     saved, stretch = time.monotonic(), max(1, -(-updates // 20))
@@ -77,8 +76,7 @@ def optimise(model, loss_of, updates, *, lr, state, name, weight_decay=0.01, wat
 def optimizers_of(model, lr, weight_decay):
     """Muon, its updates scaled to AdamW's size, for the layers' matrices; AdamW for the rest.
 
-    In-context copying is learned in a fraction of AdamW's updates (docs/results.md).
-    """
+    In-context copying is learned in a fraction of AdamW's updates (docs/results.md)."""
     inner = {p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
     rest = [p for p in model.parameters() if p not in inner]
     matrices = [p for p in model.parameters() if p in inner]

@@ -3,8 +3,7 @@
 The PRM is the policy's transformer with a scalar head f, read at the <end> of each action: one
 causal forward pass over a trajectory gives Q at all its actions. An objective is a function
 objective(prm, picked, share, step) -> (loss, metrics): `picked` are the numbers of the
-trajectories, `share` how many the whole batch has, of which other ranks may have a part.
-"""
+trajectories, `share` how many the whole batch has, of which other ranks may have a part."""
 
 from dataclasses import dataclass
 
@@ -21,8 +20,7 @@ from utils import generator, mine, pad
 def bce_loss(f, q_hat, weight):
     """Soft binary cross-entropy of Q = σ(f) against Q̂, summed (P1, section 2.2, eq. 2).
 
-    All arguments (N,). A weight of 1/count makes each distinct (s, a) count once. -> scalar
-    """
+    All arguments (N,). A weight of 1/count makes each distinct (s, a) count once. -> scalar"""
     return (weight * F.binary_cross_entropy_with_logits(f, q_hat, reduction="none")).sum()
 
 
@@ -39,8 +37,7 @@ def bt_loss(f_better, f_worse):
 def promise_progress_loss(M, q_hat, advantage, beta):
     """(M_t − Q̂_t)² + β((M_t − M_{t−1}) − Â_t)² of one trajectory, all (T,) (P2). -> (T,)
 
-    No second term at t = 0. The gradient goes through M_{t−1} too.
-    """
+    No second term at t = 0. The gradient goes through M_{t−1} too."""
     progress = (M[1:] - M[:-1] - advantage[1:]) ** 2
     return (M - q_hat) ** 2 + beta * F.pad(progress, (1, 0))
 
@@ -105,8 +102,7 @@ def bt_objective(trajectories, pairs, tokenizer):
 def promise_progress_objective(trajectories, targets, beta=1.0):
     """Promise M = σ(f) near Q̂ and its change near Â by `promise_progress_loss` (P2).
 
-    targets(i, M (T,), v_0) -> Q̂ (T,), Â (T,): of trajectory i, given the current PRM.
-    """
+    targets(i, M (T,), v_0) -> Q̂ (T,), Â (T,): of trajectory i, given the current PRM."""
     def objective(prm, picked, share, step):
         batch = [trajectories[i] for i in picked]
         h = hidden(prm, batch)
@@ -171,8 +167,7 @@ def validation_metrics(prm, trajectories, labels, returns, bins=10):
     """How good is Q on trajectories it has not seen?
 
     labels: as for `bce_objective`; returns (N,) of all actions. Calibration: (mean Q, mean return,
-    actions) by bins of Q; `ece`: the mean gap. `excess_bce`: BCE less the labels' own entropy.
-    """
+    actions) by bins of Q; `ece`: the mean gap. `excess_bce`: BCE less the labels' own entropy."""
     f = torch.from_numpy(np.concatenate(score(prm, trajectories)))
     q_hat, weight = (torch.from_numpy(np.concatenate([pair[k] for pair in labels])) for k in (0, 1))
     q = torch.sigmoid(f).numpy()

@@ -3,8 +3,7 @@
     labels = labels_of(trajectories, q_table(trajectories, tokenizer, gamma=0.95))
 
 A state is the text of its history, so episodes of different games whose texts agree so far share
-their returns. `td_gae` bootstraps on the PRM's own values instead (P2).
-"""
+their returns. `td_gae` bootstraps on the PRM's own values instead (P2)."""
 
 import hashlib
 
@@ -21,8 +20,7 @@ def returns(trajectory, gamma):
 def history_keys(trajectory, tokenizer):
     """64-bit hashes of the states s_t and of the pairs (s_t, a_t), two (T,) uint64 arrays.
 
-    Of text: however it is split into tokens, and without the spaces around an action.
-    """
+    Of text: however it is split into tokens, and without the spaces around an action."""
     history, number = hashlib.blake2b(digest_size=8), lambda h: int.from_bytes(h.digest(), "little")
     states, pairs, seen, ids = [], [], 0, trajectory.ids
     for start, end in zip(np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1):
@@ -39,8 +37,7 @@ def q_table(trajectories, tokenizer, gamma, keys=history_keys):
     """Q̂ of every action taken: the mean return of all rollouts through the same (s, a) (eq. 1).
 
     -> dict of flat arrays over the N actions of all trajectories, in order: `q_hat` and `returns`
-    in [0, 1], `count` (rollouts through this (s, a)), `state` and `pair` (as from `keys`).
-    """
+    in [0, 1], `count` (rollouts through this (s, a)), `state` and `pair` (as from `keys`)."""
     state, pair = map(np.concatenate, zip(*(keys(t, tokenizer) for t in trajectories)))
     G = np.concatenate([returns(t, gamma) for t in trajectories])
     _, inverse, count = np.unique(pair, return_inverse=True, return_counts=True)

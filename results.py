@@ -7,11 +7,9 @@ import torch
 from candidates import score_states
 from fast_alfworld import AlfworldEnv
 from fast_alfworld.gamefile import split_intro
-from fast_alfworld.score import mean, paired_bootstrap, points, summarise, table
+from fast_alfworld.score import mean, paired_bootstrap, points, summarise
 from rollout import states_of
 from utils import rank, read_json, write_json
-
-SHOWN = 6  # candidates of a state that `narrate` prints
 
 
 def result_of(trajectories, games):
@@ -20,25 +18,6 @@ def result_of(trajectories, games):
     episodes = [{"game": t.game, "won": bool(t.won), "actions": len(t)} for t in done]
     return {**summarise(episodes, games), "episodes": episodes,
             "inadmissible": mean(number < 0 for t in done for number in t.choice)}
-
-
-def report(result, against, used):
-    """A result, and what it is compared with -> lines of text."""
-    r = result
-    yield (f"agent {r['agent']}{used}, {r['data']}, {r['actions']}, cap {r['max_steps']}, "
-           f"temperature {r['temperature']}, engine {r['engine']}, "
-           f"{r['episodes_per_game']} episode(s) a game")
-    yield from table(r)
-    if r.get("inadmissible"):
-        yield f"inadmissible actions: {r['inadmissible']:.1%}"
-    if "world_actions" in r:
-        yield f"actions taken in the world, an episode: {r['world_actions']:.1f}"
-    if "oracle" in r:
-        yield f"all rollouts: {r['plain']:.1%}; at least one of N won: {r['oracle']:.1%}"
-    if "equal_episodes" in r:
-        yield f"equal in both engines: {r['equal_episodes']} of {len(r['episodes'])} episodes"
-    if "gain" in r:
-        yield f"gain over {against}: {points(r['gain'])} points"
 
 
 def final_table(c):
@@ -94,13 +73,13 @@ def explain(game, trajectory, policy, tokenizer, temperature, prm=None):
 
 
 def narrate(episode):
-    """What `explain` returns -> lines of text."""
+    """What `explain` returns -> lines of text, with the six most likely candidates."""
     yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
     for n, step in enumerate(episode["steps"], 1):
         yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
         for place, o in enumerate(step["candidates"]):
             taken = o["action"] == step["action"]
-            if place < SHOWN or taken:
+            if place < 6 or taken:
                 q = "" if o["q"] is None else f"   Q {o['q']:.3f}"
                 yield f"   {' >'[taken]} {o['action']:44} π {o['pi']:.3f}{q}"
         yield step["answer"]

@@ -2,11 +2,10 @@
 
     trajectories = list(rollout(policy, tokenizer, [Episode(game, 0), Episode(game, 1)], seed=0))
 
-One forward pass an environment step: each row brings the world's last answer and the prefix tree
-of its next candidates (candidates.py). An episode that ends is replaced at once (continuous
-batching); episodes of one game share its encoded prompt. Random numbers are keyed by (seed, game,
-episode, step), so an episode does not depend on its neighbours in the batch.
-"""
+One forward pass an environment step: each row brings the world's last answer and the prefix tree of
+its next candidates (candidates.py). An episode that ends is replaced at once (continuous batching);
+episodes of one game share its encoded prompt. Random numbers are keyed by (seed, game, episode,
+step), so an episode does not depend on its neighbours in the batch."""
 
 import json
 import os
@@ -70,8 +69,7 @@ class Turn:
     """What an agent sees of the B states at which it has to act; `act` functions get it.
 
     log_pi (B, C), f (B, C) or None without a PRM, trees: the candidates, names (4, B): RNG keys.
-    For look-ahead: the policy, its cache, and each state's cache row and number of tokens in it.
-    """
+    For look-ahead: the policy, its cache, and each state's cache row and number of tokens in it."""
     log_pi: torch.Tensor
     f: torch.Tensor | None
     trees: list
@@ -105,8 +103,7 @@ def rollout(policy, tokenizer, episodes, *, temperature=0.3, max_steps=30, seed=
 
     temperature 0 is greedy. act(Turn) -> numbers of the chosen candidates; None generates the
     actions token by token, without candidates. slots: episodes in flight. An episode is cut after
-    max_steps actions or when it would outgrow the model's context.
-    """
+    max_steps actions or when it would outgrow the model's context."""
     waiting, models, turn = deque(episodes), [policy, *([prm] if prm else [])], 0
     slots = min(slots or slots_for(policy), len(waiting))
     left = Counter(episode.prompt for episode in waiting)  # so that prompts can be forgotten
@@ -265,8 +262,7 @@ def play_shards(shards, folder, device, workers, **options):
     """Play each shard (file, episodes) that is not on disk yet with the policy in `folder`.
 
     A shard is the same whoever plays it, before or after a kill: one thread, its own batch, random
-    numbers by key. Yields, many times, how many episodes have ended and how many were won.
-    """
+    numbers by key. Yields, many times, how many episodes have ended and how many were won."""
     missing = [shard for shard in shards if not shard[0].exists()]
     done = [t.won for file, _ in shards if file.exists() for t in load_trajectories(file)]
     workers, context = max(1, min(workers, len(missing))), get_context("spawn")

@@ -46,8 +46,7 @@ class Run:
     def __init__(self, path, flags, games, free=()):
         """Start or continue a run: flags {name: value} and games {split: fingerprint}.
 
-        UserError where they differ from the run that is continued, `free` ones excepted.
-        """
+        UserError where they differ from the run that is continued, `free` ones excepted."""
         self.path, config = Path(path), Path(path, "config.json")
         new = {"flags": flags, "games": games}
         old = read_json(config) if config.exists() else None
@@ -73,8 +72,7 @@ class Run:
         """make(state) -> {…}, the stage's record, unless there is one. -> the record
 
         `state`: a file in which make keeps its place, removed at the end. files: what the stage
-        writes; if one was deleted, the stage is run again.
-        """
+        writes; if one was deleted, the stage is run again."""
         record, state = self.path / f"{name}.json", self.path / f"{name}.state.safetensors"
         missing = not record.exists() or not all(file.exists() for file in files)
         wait_for_ranks()  # until all have looked

@@ -6,8 +6,7 @@
     beam_search(policy, prm, tokenizer, episodes, keep=4, expand=4)   # P2, step-level beams
     best_episodes(prm, trajectories, 16)                              # P2, whole episodes
 
-None of them looks at rewards. Q = σ(f), so f is compared; ties go to the first.
-"""
+None of them looks at rewards. Q = σ(f), so f is compared; ties go to the first."""
 
 import json
 from collections import deque
@@ -34,8 +33,7 @@ def read_prm(folder, tokenizer, device="cpu", within_state=False):
     """Read a PRM to act with. UserError if it does not fit the policy or the use.
 
     within_state: it will compare actions of one state only. A PRM trained by BT, InversePRM or on
-    shaped labels is refused for anything else: its f is no value, and differs by state.
-    """
+    shaped labels is refused for anything else: its f is no value, and differs by state."""
     prm, own = read_model(folder, device, "score")
     if own.tokens != tokenizer.tokens:
         raise UserError(f"{folder}: this PRM has another vocabulary than the policy")
@@ -79,8 +77,7 @@ def look_ahead(prm, n, depth, temperature=0.3):
     """act: Best-of-n by imagined futures of equal depth D (P1, model-predictive reasoning).
 
     A candidate's value is γ^D Q of what the policy imagines after it: D answers of the world and D
-    actions, fewer where the context has no room. All of a state share D, so γ^D is left out.
-    """
+    actions, fewer where the context has no room. All of a state share D, so γ^D is left out."""
     def act(turn):
         drawn = [list(dict.fromkeys(row)) for row in draws(turn.log_pi, turn.names, n).tolist()]
         state, candidate = np.array([(b, c) for b, row in enumerate(drawn) for c in row]).T
@@ -126,8 +123,7 @@ def imagine(turn, rows, actions, depths, temperature, keys):
 
 def best_episodes(prm, trajectories, n):
     """Best-of-n over whole episodes (P2): of episodes 0 … n−1, n … 2n−1, … of each game, the one
-    whose last action has the highest Q. -> list of Trajectory
-    """
+    whose last action has the highest Q. -> list of Trajectory"""
     groups = {}
     scored = zip(score(prm, trajectories), trajectories)
     for f, t in sorted(scored, key=lambda x: (x[1].game, x[1].episode)):
@@ -161,8 +157,7 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
     are dropped, and the `keep` of highest Q are taken to the world, each from its own state. A
     history that the world ends leaves the beam. When the beam is empty, or none in it has a higher
     Q than the best that the world ended, that one is the result; if all were cut, the best of them.
-    slots: searches at once. Yields (Trajectory, actions taken in the world) for each Episode.
-    """
+    slots: searches at once. Yields (Trajectory, actions taken in the world) for each Episode."""
     env, waiting, searches = AlfworldEnv(max_steps), deque(episodes), []
     slots = slots or max(1, slots_for(policy) // keep)
     caches = [Cache(model.config, 1, model.device) for model in (policy, prm)]

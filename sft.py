@@ -4,8 +4,7 @@
     log = train_sft(policy, demos, Sft(), seed, state)
 
 The loss is over the tokens of the expert's actions, <end> included, and, at a smaller weight, over
-the world's answers, which look-ahead has to predict.
-"""
+the world's answers, which look-ahead has to predict."""
 
 from dataclasses import dataclass
 
@@ -45,8 +44,7 @@ def demonstrations(games, prior, tokenizer, n, *, seed=0, max_steps=30, mistakes
     """n games shown by the expert, each once before any twice. -> [(Trajectory, trained (T,) bool)]
 
     mistakes: chance that a random action takes the place of the expert's and is masked from the
-    loss, trained=False (DART). noise: chance of one that is learned as if it were the expert's.
-    """
+    loss, trained=False (DART). noise: chance of one that is learned as if it were the expert's."""
     env, out = AlfworldEnv(max_steps), []
     for number in range(n):
         lap, place = divmod(number, len(games))

@@ -4,10 +4,9 @@
 
 The PRM reads Q(s_t, a_t) at the <end> of an action and V(s_t) at the <act> before it.
 
-A name and its number are two tokens, " desk" and " 1": then the desk in view and the desk that
-the task asks for share a token. The text between names is one of a few hundred fixed phrases
-("You arrive at", ", you see a"), each one token. Other text falls back to words and characters.
-"""
+A name and its number are two tokens, " desk" and " 1": then the desk in view and the desk that the
+task asks for share a token. The text between names is one of a few hundred fixed phrases ("You
+arrive at", ", you see a"), each one token. Other text falls back to words and characters."""
 
 import re
 from collections import Counter
@@ -70,8 +69,7 @@ class Tokenizer:
     def train(cls, texts, counts, joined=False, min_count=5, max_phrases=600):
         """A vocabulary from game texts and {name without number: its highest number}.
 
-        joined: a name and its number are one token, for comparison.
-        """
+        joined: a name and its number are one token, for comparison."""
         names = "|".join(sorted(map(re.escape, counts), key=len, reverse=True))
         name = f"(?: |(?<![a-z]))(?:{names})"  # " desk", " desk 1"
         name += "(?: [0-9]+)?(?![a-z0-9])" if joined else "(?![a-z0-9])| [0-9]+(?![a-z0-9])"

@@ -6,8 +6,7 @@
     python train.py --ablation reset              # one of ablations/: it replaces steps of the loop
     torchrun --nproc_per_node=2 train.py …        # several GPUs, or machines that share --out
 
-The same command on an existing --out continues where it stopped.
-"""
+The same command on an existing --out continues where it stopped."""
 
 import importlib
 import sys

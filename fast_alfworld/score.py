@@ -3,8 +3,12 @@
 An episode is {"game": its id, "won": bool, "actions": how many}, of any agent.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 
+from .cli import UserError
 from .expert import demonstrate
 from .gamefile import TASK_TYPES
 
@@ -79,3 +83,34 @@ def table(result):
         lines.append(f"{name:34}{r['games']:7}{r['success']:9.1%}{low:9.1%} …{high:7.1%}"
                      f"{r['mean_actions']:9.2f}")
     return lines
+
+
+def report(result, against, used):
+    """A result, and what it is compared with -> lines of text."""
+    r = result
+    yield (f"agent {r['agent']}{used}, {r['data']}, {r['actions']}, cap {r['max_steps']}, "
+           f"temperature {r['temperature']}, engine {r['engine']}, "
+           f"{r['episodes_per_game']} episode(s) a game")
+    yield from table(r)
+    if r.get("inadmissible"):
+        yield f"inadmissible actions: {r['inadmissible']:.1%}"
+    if "world_actions" in r:
+        yield f"actions taken in the world, an episode: {r['world_actions']:.1f}"
+    if "oracle" in r:
+        yield f"all rollouts: {r['plain']:.1%}; at least one of N won: {r['oracle']:.1%}"
+    if "equal_episodes" in r:
+        yield f"equal in both engines: {r['equal_episodes']} of {len(r['episodes'])} episodes"
+    if "gain" in r:
+        yield f"gain over {against}: {points(r['gain'])} points"
+
+
+def earlier(file, games):
+    """The episodes of an earlier result; UserError where that is no result on these games."""
+    try:
+        episodes = [{"game": e["game"], "won": float(e["won"])}
+                    for e in json.loads(Path(file).read_text())["episodes"]]
+        if {e["game"] for e in episodes} == {game.id for game in games}:
+            return episodes
+    except (TypeError, LookupError, ValueError, RecursionError):
+        pass
+    raise UserError(f"--against {file}: not a result of eval.py --json on the same games")
