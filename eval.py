@@ -4,8 +4,7 @@
     python eval.py --policy runs/default/iter0/policy --prm runs/default/iter1/prm --best-of 16
     python eval.py --policy DIR --prm DIR --act-beta 0.1            # act by π(a|s) · exp(Q(s,a)/β)
     python eval.py --policy DIR --prm DIR --best-of 16 --lookahead 1  # by imagined futures
-    python eval.py --policy DIR --prm DIR --beam 4x4
-    python eval.py --policy DIR --prm DIR --best-of-episodes 16
+    python eval.py --policy DIR --prm DIR --beam 4x4                # or --best-of-episodes 16
     python eval.py --policy DIR --prm DIR --watch    # one episode: π(a|s) and Q(s,a) at each step
     python eval.py --policy DIR --engine both        # the same episodes in alfworld's own engine
     python eval.py --agent expert                    # also random, and human: play yourself
@@ -22,9 +21,9 @@ from fast_alfworld import GAMES, AlfworldEnv, Expert, Human, fit_prior, games_fo
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
 from fast_alfworld.reference import ReferenceEnv
-from fast_alfworld.score import (earlier, mean, paired_bootstrap, play_scripted, report,
+from fast_alfworld.score import (earlier, mean, narrate, paired_bootstrap, play_scripted, report,
                                  summarise)
-from results import explain, narrate, result_of
+from results import explain, result_of
 from rollout import Episode, rollout, sample, slots_for
 from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted

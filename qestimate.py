@@ -57,22 +57,19 @@ def preference_pairs(trajectories, table, gap):
     """Pairs of actions of one state with Q̂(s, a⁺) > Q̂(s, a⁻) + gap, for P1's relative loss.
 
     Each distinct (s, a⁺, a⁻) occurs once, in the first trajectory that took a⁺ at s.
-    -> for each trajectory a list of (k, ids of a⁻ with its <end>), a⁺ being its action k;
-    {"pairs", "states": how many have a pair, "dropped": how many states have none}"""
+    -> for each trajectory a list of (k, ids of a⁻ with its <end>), a⁺ being its action k"""
     owner = [(i, k) for i, t in enumerate(trajectories) for k in range(len(t))]
     _, first = np.unique(table["pair"], return_index=True)  # first occurrence of each (s, a)
     of_state = {}
     for n in sorted(first.tolist()):
         of_state.setdefault(int(table["state"][n]), []).append(n)
-    out, states = [[] for _ in trajectories], 0
+    out = [[] for _ in trajectories]
     for actions in of_state.values():
         q_hat = table["q_hat"][actions]
-        found = list(zip(*np.nonzero(q_hat[:, None] > q_hat + gap)))
-        states += bool(found)
-        for a, b in found:
+        for a, b in zip(*np.nonzero(q_hat[:, None] > q_hat + gap)):
             (i, k), (j, l) = owner[actions[a]], owner[actions[b]]
             out[i].append((k, trajectories[j].ids[slice(*trajectories[j].spans[l])]))
-    return out, {"pairs": sum(map(len, out)), "states": states, "dropped": len(of_state) - states}
+    return out
 
 
 def td_gae(M, v_0, R, gamma, lam):

@@ -1,4 +1,4 @@
-"""Results of policies as numbers and as text: of many episodes, and of one step by step."""
+"""Results of policies: of a run, of many episodes, and of one episode step by step."""
 
 import shutil
 
@@ -70,17 +70,3 @@ def explain(game, trajectory, policy, tokenizer, temperature, prm=None):
                       "candidates": sorted(options, key=lambda o: -o["pi"])})
     return {"game": game.id, "task_type": game.task_type, "won": bool(trajectory.won),
             "task": task, "observation": observation, "steps": steps}
-
-
-def narrate(episode):
-    """What `explain` returns -> lines of text, with the six most likely candidates."""
-    yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
-    for n, step in enumerate(episode["steps"], 1):
-        yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
-        for place, o in enumerate(step["candidates"]):
-            taken = o["action"] == step["action"]
-            if place < 6 or taken:
-                q = "" if o["q"] is None else f"   Q {o['q']:.3f}"
-                yield f"   {' >'[taken]} {o['action']:44} π {o['pi']:.3f}{q}"
-        yield step["answer"]
-    yield f"\n{'won' if episode['won'] else 'not won'} after {len(episode['steps'])} actions"

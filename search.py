@@ -174,9 +174,9 @@ def beam_search(policy, prm, tokenizer, episodes, keep, expand, *, temperature=0
         f = extend(prm, caches[1], starts, chains, trees).tolist()
         counts = [expand if beam.taken else keep * expand for beam in beams]
         # The best beam's random numbers are those of Best-of-N, the others' those of later steps.
-        names = np.array([(seed, key(beam.episode.game.id), beam.episode.number,
-                           len(beam.taken) + rank * max_steps)
-                          for search in searches for rank, beam in enumerate(search.live)]).T
+        names = np.array([
+            (seed, key(b.episode.game.id), b.episode.number, len(b.taken) + rank * max_steps)
+            for search in searches for rank, b in enumerate(search.live)]).T
         drawn = draws(log_pi, names, max(counts)).tolist()
         for row, beam in enumerate(beams):
             beam.row = row

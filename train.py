@@ -81,7 +81,7 @@ def prm_loss(c, i, some, hide_ends=False):
                                  seed=key(f"inverse {args.seed} {i}"), hide_ends=hide_ends)
     if args.prm_loss == "bt":
         table = q_table(some, c.tokenizer, args.gamma)
-        return prms.bt_objective(some, preference_pairs(some, table, DELTA)[0], c.tokenizer)
+        return prms.bt_objective(some, preference_pairs(some, table, DELTA), c.tokenizer)
     if args.targets == "td-gae":  # P2: from the current PRM
         return prms.promise_progress_objective(
             some, lambda n, M, v_0: td_gae(M, v_0, some[n].reward, args.gamma, 0.95))
@@ -192,7 +192,7 @@ def train_prm(c, i, some, name="prm"):
                        state, f"PRM {i}")
         save_model(c.run.path / f"iter{i}/{name}", prm, c.tokenizer)
         table = q_table(new, c.tokenizer, args.gamma)
-        pairs, _ = preference_pairs(new, table, DELTA)
+        pairs = preference_pairs(new, table, DELTA)
         gained = np.concatenate([returns(t, args.gamma) for t in new])
         return {"validation": prms.validation_metrics(prm, new, labels_of(new, table), gained)
                 if absolute(args) else None,

@@ -114,3 +114,17 @@ def earlier(file, games):
     except (TypeError, LookupError, ValueError, RecursionError):
         pass
     raise UserError(f"--against {file}: not a result of eval.py --json on the same games")
+
+
+def narrate(episode):
+    """An episode, as from `results.explain` -> lines of text, with the six likeliest candidates."""
+    yield from (episode["game"], episode["observation"], f"Your task is to: {episode['task']}")
+    for n, step in enumerate(episode["steps"], 1):
+        yield f"\n{n:2} > {step['action']}" + "  (not admissible)" * (not step["admissible"])
+        for place, o in enumerate(step["candidates"]):
+            taken = o["action"] == step["action"]
+            if place < 6 or taken:
+                q = "" if o["q"] is None else f"   Q {o['q']:.3f}"
+                yield f"   {' >'[taken]} {o['action']:44} π {o['pi']:.3f}{q}"
+        yield step["answer"]
+    yield f"\n{'won' if episode['won'] else 'not won'} after {len(episode['steps'])} actions"

@@ -11,8 +11,8 @@ import eval as evaluation
 from eval import (Human, evaluate_beams, evaluate_best_episodes, evaluate_policy,
                   evaluate_scripted)
 from fast_alfworld import Expert, fit_prior, generate, generated_split, write_games
-from fast_alfworld.score import bootstrap, paired_bootstrap, summarise, table
-from results import explain, narrate
+from fast_alfworld.score import bootstrap, narrate, paired_bootstrap, summarise, table
+from results import explain
 from rollout import Episode
 from search import best_of_n
 from tiny import (assert_refused, by_id, command, games, in_process, play, random_model,

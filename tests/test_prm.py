@@ -266,7 +266,7 @@ def test_fitting_lowers_the_excess_on_trajectories_that_were_held_out(tmp_path):
     for name, some in (("train", train), ("test", test)):
         labels[name] = labels_of(some, q_table(some, tokenizer(), 0.95))
     gained = np.concatenate([returns(t, 0.95) for t in test])
-    start, pairs = taught().with_score_head(), preference_pairs(test, table, 0.03)[0]
+    start, pairs = taught().with_score_head(), preference_pairs(test, table, 0.03)
     model = copy.deepcopy(start)
     log = fit(model, len(train), bce_objective(train, labels["train"]), Fit(lr=1e-2, epochs=6), 0,
               tmp_path / "state")
@@ -292,7 +292,7 @@ def test_the_seed_decides_the_training(tmp_path):
 @pytest.mark.parametrize("kind", ("bt", "td-gae"))
 def test_the_other_objectives_learn_to_rank_too(kind, tmp_path):
     some = first_action_decides()
-    pairs, _ = preference_pairs(some, q_table(some, tokenizer(), 0.95), 0.03)
+    pairs = preference_pairs(some, q_table(some, tokenizer(), 0.95), 0.03)
     objective = bt_objective(some, pairs, tokenizer()) if kind == "bt" else \
         promise_progress_objective(some, lambda i, M, v_0: td_gae(M, v_0, some[i].reward, 1, 0.95))
     model = taught().with_score_head()
