@@ -17,17 +17,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fast_alfworld import GAMES, AlfworldEnv, Expert, Human, fit_prior, games_for, split_dev
+from fast_alfworld import (GAMES, AlfworldEnv, Expert, Human, fingerprint, fit_prior, games_for,
+                           split_dev)
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
+from fast_alfworld.files import provenance, write_json
 from fast_alfworld.reference import ReferenceEnv
 from fast_alfworld.score import (earlier, mean, narrate, paired_bootstrap, play_scripted, report,
                                  summarise)
 from results import explain, result_of
 from rollout import Episode, rollout, sample, slots_for
-from run import provenance
 from search import beam_search, best_episodes, best_of_n, look_ahead, read_prm, tilted
-from utils import generator, pick_device, read_model, set_up_torch, write_json
+from utils import generator, pick_device, read_model, run_config, set_up_torch
 
 WORLDS = {"fast": [AlfworldEnv], "alfworld": [ReferenceEnv], "both": [AlfworldEnv, ReferenceEnv]}
 
@@ -200,6 +201,10 @@ def main():
     if args.policy:
         device = pick_device(args.device)
         policy, tokenizer = read_model(args.policy, device)
+        dev = run_config(args.policy).get("games", {}).get("dev")
+        if args.split == "dev" and dev not in (None, fingerprint(games)):
+            raise UserError(f"--split dev: the run of {args.policy} held out other games ({dev}; "
+                            f"here {fingerprint(games)}), and may have learned from these")
         within = not args.lookahead and used in ("", "--best-of", "--act-beta")
         prm = read_prm(args.prm, tokenizer, device, within) if args.prm else None
     if args.watch or args.agent == "human":

@@ -205,8 +205,8 @@ class Transformer(nn.Module):
     def is_finite(self):
         return all(bool(p.isfinite().all()) for p in self.parameters())
 
-    def save(self, folder):
-        """Write `config.json` and `model.safetensors` into an existing folder."""
+    def save(self, folder, **more):
+        """Write `config.json`, with what is given, and `model.safetensors` into a folder."""
         c, folder = self.config, Path(folder)
         name = "Qwen3ForCausalLM" if c.head == "lm" else "Qwen3ForTokenClassification"
         (folder / "config.json").write_text(json.dumps({
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
             **{theirs: getattr(c, ours) for ours, theirs in QWEN3.items()},
             "head_dim": c.dim // c.n_heads, "num_labels": 1, "tie_word_embeddings": True,
             "hidden_act": "silu", "attention_bias": False, "bos_token_id": None,
-            "eos_token_id": 5, "pad_token_id": 0}, indent=2) + "\n")
+            "eos_token_id": 5, "pad_token_id": 0, **more}, indent=2) + "\n")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
@@ -223,6 +223,8 @@ class Transformer(nn.Module):
         """Read a folder written by `save`, or by transformers for a Qwen3 with tied embeddings."""
         d = json.loads(Path(folder, "config.json").read_text())
         d.setdefault("rope_theta", d.get("rope_parameters", {}).get("rope_theta"))
+        if d.get("tie_word_embeddings") is not True:
+            raise ValueError("its output matrix is not tied to its embedding")
         model = cls(Config(head="lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score",
                            **{ours: d[theirs] for ours, theirs in QWEN3.items()}))
         weights = load_file(str(Path(folder, "model.safetensors")))

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fast_alfworld.cli import UserError
-from utils import all_gather, rank, sum_gradients, write_file
+from fast_alfworld.files import write_file
+from utils import all_gather, rank, sum_gradients
 
 SAVE_EVERY = 10.0  # seconds
 

@@ -6,10 +6,11 @@ import torch
 
 from candidates import score_states
 from fast_alfworld import AlfworldEnv
+from fast_alfworld.files import read_json, write_json
 from fast_alfworld.gamefile import split_intro
 from fast_alfworld.score import mean, paired_bootstrap, points, summarise
 from rollout import states_of
-from utils import rank, read_json, write_json
+from utils import rank
 
 
 def result_of(trajectories, games):

@@ -24,11 +24,13 @@ from safetensors.numpy import save_file
 from candidates import draw, extend, keep_branch, prefix_tree
 from fast_alfworld import AlfworldEnv
 from fast_alfworld.cli import UserError
+from fast_alfworld.files import write_file
 from fast_alfworld.gamefile import split_intro
 from model import Cache
 from tokenizer import END, SPECIAL
-from utils import end_with, key, read_model, set_up_torch, uniform, write_file
+from utils import end_with, key, read_model, set_up_torch, uniform
 
+SHARDS = "[0-9][0-9][0-9][0-9][0-9].safetensors"  # files of rollouts that a run has written
 MAX_ACTION = 32  # tokens of a freely generated action; the longest command has fewer
 
 

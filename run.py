@@ -9,35 +9,19 @@
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 from fast_alfworld import fit_prior, training_games
 from fast_alfworld.cli import UserError
+from fast_alfworld.files import provenance, read_json, write_file, write_json
 from rollout import sample
-from utils import cpu_count, rank, read_json, read_model, wait_for_ranks, write_file, write_json
-
-def provenance():
-    """Where a result comes from: git commit (None without git), machine, versions."""
-    def git(*words):
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    packages = ("torch", "alfworld", "numpy", "tokenizers", "safetensors")
-    try:
-        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "-uno"))
-    except OSError:
-        commit = ""
-    return {"commit": commit or None, "machine": f"{platform.machine()}, {cpu_count()} cores",
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
+from utils import rank, read_model, wait_for_ranks
 
 
 class Run:

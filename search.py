@@ -8,11 +8,9 @@
 
 None of them looks at rewards. Q = σ(f), so f is compared; ties go to the first."""
 
-import json
 from collections import deque
 from copy import copy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from model import Cache
 from prm import score
 from rollout import MAX_ACTION, Row, begin, generate, sample, slots_for, step
 from tokenizer import ACT, END
-from utils import key, read_model, uniform
+from utils import key, read_model, run_config, uniform
 
 MAX_ANSWER = 96  # tokens of an imagined answer, <act> included; of 4,000 real ones the longest: 77
 
@@ -37,12 +35,9 @@ def read_prm(folder, tokenizer, device="cpu", within_state=False):
     prm, own = read_model(folder, device, "score")
     if own.tokens != tokenizer.tokens:
         raise UserError(f"{folder}: this PRM has another vocabulary than the policy")
-    try:  # the flags of its run: RUN/config.json of RUN/iter1/prm
-        flags = json.loads((Path(folder).resolve().parents[1] / "config.json").read_text())["flags"]
-        relative = (flags.get("prm_loss") == "bt" or flags.get("algo") == "inverseprm"
-                    or "shaping" in (flags.get("ablation") or ""))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        relative = False  # not part of a run
+    flags = run_config(folder).get("flags", {})
+    relative = (flags.get("prm_loss") == "bt" or flags.get("algo") == "inverseprm"
+                or "shaping" in str(flags.get("ablation")))
     if relative and not within_state:
         raise UserError(f"{folder}: a PRM trained by BT, InversePRM or on shaped labels compares "
                         "actions of one state only; use --best-of or --act-beta")

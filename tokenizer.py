@@ -8,6 +8,7 @@ A name and its number are two tokens, " desk" and " 1": then the desk in view an
 task asks for share a token. The text between names is one of a few hundred fixed phrases ("You
 arrive at", ", you see a"), each one token. Other text falls back to words and characters."""
 
+import hashlib
 import re
 from collections import Counter
 from functools import lru_cache
@@ -28,6 +29,10 @@ class Tokenizer:
         self.hf = hf
         hf.encode_special_tokens = True  # "<end>" in a text is five characters
         self.tokens = [hf.id_to_token(i) for i in range(hf.get_vocab_size())]
+        if self.tokens[:len(SPECIAL)] != [*SPECIAL]:
+            raise ValueError(f"a vocabulary must begin with {' '.join(SPECIAL)}")
+        text = "\n".join(self.tokens).encode()
+        self.fingerprint = hashlib.sha256(text).hexdigest()[:16]  # models remember it
         self.encode = lru_cache(maxsize=200_000)(self._encode)  # observations recur
 
     def __len__(self):

@@ -22,13 +22,14 @@ import prm as prms
 from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
+from fast_alfworld.files import lock
 from inverse_prm import inverse_objective
 from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
 from run import Context, Run, games_of
 from sft import Sft, demonstrations, train_sft, train_tokenizer, untrained
-from utils import (generator, join_ranks, key, mine, pick_device, read_model, save_model,
+from utils import (generator, join_ranks, key, mine, pick_device, rank, read_model, save_model,
                    set_up_torch, wait_for_ranks)
 
 DEV_EPISODES = 2  # of each dev game
@@ -249,6 +250,8 @@ def set_up():
     games = {"train": train, "dev": dev, **test}
     run = Run(args.out, vars(args), {split: fingerprint(some) for split, some in games.items()},
               free=("out", "threads", "device", "data", "iters"))
+    if rank() == 0:
+        run.lock = lock(run.path / ".lock", f"{run.path}: another train.py is at work there")
     return Context(args, steps, run, device, train, dev, test)
 
 

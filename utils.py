@@ -1,8 +1,7 @@
-"""What all stages share: devices, files, random numbers by key, ranks."""
+"""What all stages share: devices, models on disk, random numbers by key, ranks."""
 
 import ctypes
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import distributed as dist
 
 from fast_alfworld.cli import UserError
+from fast_alfworld.files import cpu_count, read_json, write_file
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -30,11 +30,6 @@ def set_up_torch(threads=None):
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
     except (OSError, AttributeError):
         pass  # another C library
-
-
-def cpu_count():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name):
@@ -59,33 +54,6 @@ def end_with(parent):
         os._exit(1)
 
 
-def write_file(path, write):
-    """write(temporary path), then rename: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # a power cut leaves no empty file under the new name
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_file(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file, or a damaged one ({error})") from None
-
-
 def read_model(folder, device="cpu", head="lm"):
     """A folder of `save_model` -> (model, tokenizer). head: "lm" (policy) or "score" (PRM)."""
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -98,11 +66,21 @@ def read_model(folder, device="cpu", head="lm"):
                         f"({error!r})") from error
     if model.config.head != head:
         raise UserError(f"{folder}: that is not a {'policy' if head == 'lm' else 'PRM'}")
-    if model.config.vocab_size != len(tokenizer):
-        raise UserError(f"{folder}: its model and its tokenizer differ in vocabulary size")
+    known = read_json(Path(folder, "config.json")).get("vocabulary", tokenizer.fingerprint)
+    if model.config.vocab_size != len(tokenizer) or known != tokenizer.fingerprint:
+        raise UserError(f"{folder}: its model was trained with another tokenizer than is there")
     if not model.is_finite():
         raise UserError(f"{folder}: its weights are not all finite numbers")
     return model, tokenizer
+
+
+def run_config(folder):
+    """Dicts of config.json of the run that a model belongs to (RUN of RUN/iter1/prm), or {}."""
+    try:
+        config = read_json(Path(folder).resolve().parents[1] / "config.json")
+    except (OSError, LookupError, UserError):
+        return {}
+    return {k: v for k, v in config.items() if isinstance(v, dict)}
 
 
 def save_model(folder, model, tokenizer):
@@ -111,7 +89,10 @@ def save_model(folder, model, tokenizer):
         return
     folder, temporary = Path(folder), Path(folder).with_name(f".{Path(folder).name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    model.save(temporary), tokenizer.save(temporary)
+    try:
+        model.save(temporary, vocabulary=tokenizer.fingerprint), tokenizer.save(temporary)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{folder}: cannot be written ({error})") from None
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json"):
         write_file(folder / name, lambda p: os.replace(temporary / name, p))
     temporary.rmdir()

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fast_alfworld.cli import Parser, UserError, a_seed, at_least_one, command_line
+from fast_alfworld.files import read_json, write_file, write_json
 import train
-from utils import read_json, write_file, write_json
 
 
 class Row(NamedTuple):

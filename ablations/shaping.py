@@ -24,7 +24,7 @@ from ablations import needs_labels
 from fast_alfworld import task_folder
 from fast_alfworld.cli import UserError
 from qestimate import labels_of, q_table
-from rollout import load_trajectories
+from rollout import SHARDS, load_trajectories
 from tokenizer import Tokenizer
 from utils import key, save_model
 
@@ -45,7 +45,7 @@ def check(args):
 
 def shards(run):
     """The files with the last rollouts of a run."""
-    files = sorted(Path(run).glob("iter*/rollouts/*.safetensors"))
+    files = sorted(Path(run).glob(f"iter*/rollouts/{SHARDS}"))
     return [file for file in files if file.parent == files[-1].parent]
 
 

@@ -86,7 +86,7 @@ def list_games(args):
 def download(args):
     """Download the published games and list them."""
     args.data = getattr(args, "data", None) or os.environ.get("ALFWORLD_DATA") or store.CACHE
-    store.download(Path(args.data).expanduser())
+    store.download(Path(os.path.expanduser(args.data)))
     list_games(args)
 
 

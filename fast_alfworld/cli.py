@@ -59,6 +59,9 @@ def a_temperature(text):
 def command_line(main, interrupted="interrupted"):
     """Run `main`: the user's mistakes and Ctrl-C become one line on stderr; a plain ValueError is a
     bug and keeps its traceback (GameError and DataError are kinds of it)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where the terminal has no π
     try:
         main()
         sys.stdout.flush()

@@ -15,11 +15,11 @@ from operator import or_
 from pathlib import Path
 from sys import intern
 
-from .parsing import (TASK_TYPES, DataError, GameError, check, decode, one_each, read_can_contain,
-                      read_facts, read_goal)
+from .parsing import (TASK_TYPES, DataError, GameError, UnsolvableError, check, decode, one_each,
+                      read_can_contain, read_facts, read_goal)
 
-__all__ = ["MIDDLE_OF_ROOM", "TASK_TYPES", "DataError", "Game", "GameError", "Room", "join_list",
-           "numbers", "split_intro"]
+__all__ = ["MIDDLE_OF_ROOM", "TASK_TYPES", "DataError", "Game", "GameError", "Room",
+           "UnsolvableError", "join_list", "numbers", "split_intro"]
 
 WELCOME = "-= Welcome to TextWorld, ALFRED! =-"
 INTRO = re.compile(
@@ -78,7 +78,7 @@ class Game:
         try:
             return cls(data, name, path)
         except GameError as error:
-            raise GameError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         except KeyError as error:
             raise GameError(f"{name}: its facts name {error} but do not say what that is") from None
 
@@ -165,6 +165,8 @@ class Game:
         self.lamps = self._of_type(other_type) & self.toggleable if look else 0
         self.goal_state = {"clean": "clean", "heat": "hot", "cool": "cool"}.get(treatment)
         self.goal_is_two = treatment == "two"
+        if not self.goal_objects or not (self.lamps if look else self.goal_receptacles):
+            raise GameError("nothing in its room can meet its goal")
 
     def _of_type(self, *types):
         """The set of the objects of these types."""

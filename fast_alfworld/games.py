@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .gamefile import DataError, Game
+from .gamefile import DataError, Game, UnsolvableError
 from .generate import UNSEEN_ROOMS, generated_split
 
 COMPLETE = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # games in the published splits
 GAMES = ("auto", "alfworld", "generated", "tiny")  # the values of `games_for(games=…)`
-CACHE = Path("~/.cache/alfworld").expanduser()  # where `alfworld-download` puts its data
+CACHE = Path(os.path.expanduser("~/.cache/alfworld"))  # where `alfworld-download` puts its data
 URL = ("https://github.com/alfworld/alfworld/releases/download/0.4.0/"
        "json_2.1.2_tw-pddl.zip")  # what `alfworld-download` of alfworld 0.4.2 fetches
 
@@ -30,7 +30,7 @@ def find_data(data=None):
     then alfworld's cache are looked at. Raises DataError where a folder was named but has no games.
     """
     named = data or os.environ.get("ALFWORLD_DATA")
-    root = Path(named).expanduser() if named else CACHE
+    root = Path(os.path.expanduser(named)) if named else CACHE
     for folder in (root / "json_2.1.1", root):
         if splits_of(folder):
             return folder
@@ -64,10 +64,23 @@ def game_files(data_dir, split):
 
 
 def load_split(data_dir, split):
-    """The games of a split, a list of Game in the order of their paths."""
-    files = game_files(data_dir, split)
-    return [Game.load(path)
-            for path in tqdm(files, f"load {split}", unit="game", leave=False, disable=None)]
+    """The games of a split, a list of Game in the order of their paths.
+
+    Left out, as alfworld does: games that are marked as not solvable, and tasks with movable
+    receptacles or sliced objects. A line to stderr says how many.
+    """
+    files, games = game_files(data_dir, split), []
+    for path in tqdm(files, f"load {split}", unit="game", leave=False, disable=None):
+        if "movable" in path.parts[-3] or "Sliced" in path.parts[-3]:
+            continue
+        try:
+            games.append(Game.load(path))
+        except UnsolvableError:
+            pass
+    if len(games) < len(files):
+        print(f"{data_dir}/{split}: {len(files) - len(games):,} games left out (not solvable, "
+              "movable receptacles, or sliced objects), as alfworld does", file=sys.stderr)
+    return games
 
 
 def task_folder(game_id):

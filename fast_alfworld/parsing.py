@@ -19,6 +19,8 @@ GRAMMARS = (  # SHA-1 of the grammar without the task
     "bc79a7414455a5916576efff17f4e912f32edecb",  # published games
     "dcb7088767f67c99c4674b3c1f1ef04a800dd60d",  # the alfworld 0.4.2 package
 )
+OLDER = ("; games of older releases say `put X in/on Y`: fetch those of 0.4 by "
+         "`python -m fast_alfworld download`")
 # The task sentence; no character is allowed that has a meaning in the grammar.
 TASK = re.compile(r'"Your task is to: ([\w ,.!?\'()/-]+)"')
 
@@ -49,6 +51,10 @@ class DataError(ValueError):
 
 class GameError(ValueError):
     """A game file cannot be played; the message is one line and names the file."""
+
+
+class UnsolvableError(GameError):
+    """A game that is marked as one that nobody can win."""
 
 
 # The two layouts decoded last: (bytes before the task, bytes from there to the problem, decoded
@@ -95,17 +101,17 @@ def check(data):
     walkthrough = data.get("walkthrough") or []
     if not isinstance(walkthrough, list) or not all([isinstance(c, str) for c in walkthrough]):
         raise GameError("its walkthrough is not a list of texts")
+    if data.get("solvable") is False:
+        raise UnsolvableError("it is marked as not solvable")
     clean_at = DOMAINS.get(_sha1(data["pddl_domain"]))
     if clean_at is None:
-        raise GameError("its pddl_domain is not that of alfworld 0.4")
+        raise GameError(f"its pddl_domain is not that of alfworld 0.4{OLDER}")
     grammar = data["grammar"]
     task = TASK.search(grammar)
     if task is None:
         raise GameError("its grammar names no task")
     if _sha1(grammar[:task.start(1)] + grammar[task.end(1):]) not in GRAMMARS:
-        older = " (it says `put X in/on Y`: written for alfworld before 0.4)"
-        raise GameError("its grammar is not that of alfworld 0.4"
-                        + older * ("in/on {r}" in grammar))
+        raise GameError(f"its grammar is not that of alfworld 0.4{OLDER}")
     return clean_at, task[1], data["pddl_problem"], walkthrough
 
 

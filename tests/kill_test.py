@@ -86,7 +86,7 @@ def kill(out, flags, stages, seconds):
 def files(out):
     """{path within the run: content} of everything that must not depend on interruptions."""
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(Path(out).rglob("*"))
-            if f.is_file() and f.suffix != ".tmp" and f.name != "state.json"}
+            if f.is_file() and f.suffix != ".tmp" and f.name not in ("state.json", ".lock")}
 
 
 def differences(a, b):

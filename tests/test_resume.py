@@ -1,6 +1,7 @@
 """A run that was killed, damaged, continued or shared by two processes ends as any other."""
 
 import json
+from fast_alfworld.files import write_json
 import random
 import shutil
 import sys
@@ -11,7 +12,6 @@ import pytest
 import train as train_py
 from kill_test import differences, files, finish, kill, moments
 from tiny import TINY, assert_refused, in_process, read, train
-from utils import write_json
 
 # Same flags, same name of the folder: then even config.json is equal byte for byte.
 

@@ -16,12 +16,13 @@ import train
 from candidates import PrefixTree
 from fast_alfworld import generated_split, split_dev, task_folder
 from fast_alfworld.cli import UserError
+from fast_alfworld.files import write_json
 from optim import optimise
 from qestimate import labels_of, q_table
 from rollout import load_trajectories, save_trajectories
 from tiny import (TINY, assert_refused, command, in_process, random_model, read, same, taught,
                   tokenizer)
-from utils import read_model, save_model, write_json
+from utils import read_model, save_model
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,11 +15,12 @@ import optim
 import utils
 from fast_alfworld import DataError
 from fast_alfworld.cli import Parser, UserError, between, command_line
+from fast_alfworld.files import lock, read_json, write_file, write_json
 from optim import optimise
+from rollout import Episode, save_trajectories
 from run import Run
-from tiny import ROOT, random_model, same, tokenizer
-from utils import (generator, key, pad, pick_device, read_json, read_model, save_model, uniform,
-                   write_file, write_json)
+from tiny import ENVIRONMENT, ROOT, games, play, random_model, same, tokenizer
+from utils import generator, key, pad, pick_device, read_model, save_model, uniform
 
 
 # --- random numbers by key -----------------------------------------------------------------------
@@ -64,13 +66,53 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         path.write_text("half")
         raise RuntimeError("no room")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="file.json: cannot be written .no room"):
         write_file(file, fail)
     assert file.read_text() == '{\n  "a": 1\n}\n'
     assert [f.name for f in file.parent.iterdir()] == ["file.json"]
     file.write_text('{"a": ')
     with pytest.raises(UserError, match="file.json: not a JSON file, or a damaged one"):
         read_json(file)
+    file.write_text("[1]")
+    with pytest.raises(UserError, match="file.json: a damaged file"):
+        read_json(file)
+
+
+def test_a_full_disk_is_one_error_of_one_kind(tmp_path):
+    """Whatever is written; safetensors has an error of its own. The old file stays."""
+    resource = pytest.importorskip("resource")
+    model = random_model()
+    some = play(model, [Episode(game, 0) for game in games()[:9]])
+    writers = {
+        "model": lambda: save_model(tmp_path / "model", model, tokenizer()),
+        "shard": lambda: save_trajectories(tmp_path / "shard", some),
+        "state": lambda: optim._save_state(tmp_path / "state", model, [], 1, [], {}),
+        "json": lambda: write_json(tmp_path / "json", {"text": "x" * 50_000})}
+    for write in writers.values():
+        write()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match=f"{name}: cannot be written"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_a_lock_is_held_until_its_process_ends(tmp_path):
+    pytest.importorskip("fcntl")
+    script = ("import sys; from fast_alfworld.files import lock; "
+              "kept = lock(sys.argv[1], 'busy'); print('held', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "lock")], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"busy .number {other.pid}"):
+        lock(tmp_path / "lock", "busy")
+    other.kill(), other.wait()
+    assert lock(tmp_path / "lock", "busy")
 
 
 @pytest.mark.parametrize("name, damage", (
@@ -92,7 +134,7 @@ def test_a_model_that_is_missing_or_of_the_wrong_kind_is_named(tmp_path):
         with pytest.raises(UserError, match=f"that is not a {word}"):
             read_model(tmp_path, head=other)
     save_model(tmp_path, random_model(vocab_size=99), tokenizer())
-    with pytest.raises(UserError, match="differ in vocabulary size"):
+    with pytest.raises(UserError, match="trained with another tokenizer"):
         read_model(tmp_path)
     model = random_model()
     with torch.no_grad():
@@ -100,6 +142,60 @@ def test_a_model_that_is_missing_or_of_the_wrong_kind_is_named(tmp_path):
     save_model(tmp_path, model, tokenizer())
     with pytest.raises(UserError, match="not all finite"):
         read_model(tmp_path)
+
+
+def test_models_are_not_taken_for_what_they_are_not(tmp_path):
+    """An output matrix of its own; a tokenizer of another run or program, of equal size."""
+    save_model(tmp_path, random_model(), tokenizer())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for tied in (False, None):
+        write_json(tmp_path / "config.json", {**config, "tie_word_embeddings": tied})
+        with pytest.raises(UserError, match="not tied to its embedding"):
+            read_model(tmp_path)
+    write_json(tmp_path / "config.json", config)
+    file = tmp_path / "tokenizer.json"
+    text = file.read_text()
+    for one, other, message in ((" mug", " cup", "trained with another tokenizer"),
+                                ("<act>", "<end>", "damaged.*must begin with")):
+        swapped = {one: other, other: one}
+        file.write_text(re.sub(f'"({one}|{other})"', lambda m: f'"{swapped[m[1]]}"', text))
+        with pytest.raises(UserError, match=message):
+            read_model(tmp_path)
+    file.write_text(text)
+    read_model(tmp_path)
+
+
+# --- odd surroundings ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("program", ("train.py", "eval.py", "tools/curves.py", "tools/report.py"))
+def test_help_where_the_terminal_has_no_greek(program):
+    said = subprocess.run([sys.executable, program, *["act"] * ("curves" in program), "--help"],
+                          cwd=ROOT, capture_output=True,
+                          env=ENVIRONMENT | {"PYTHONIOENCODING": "cp1252"})
+    assert said.returncode == 0 and b"--" in said.stdout and len(said.stdout) > 900, said.stderr
+
+
+def test_imports_without_home_user_and_what_linux_alone_has():
+    """Nobody's home; no sched_getaffinity, resource, fcntl or C library, as on other systems."""
+    script = """if True:
+        import ctypes, os, pwd, sys
+        def nobody(*names):
+            raise KeyError("nobody")
+        pwd.getpwuid = pwd.getpwnam = nobody
+        del os.sched_getaffinity
+        sys.modules["resource"] = sys.modules["fcntl"] = None
+        def no_library(*names):
+            raise OSError("no such library")
+        import eval, train, utils
+        ctypes.CDLL = no_library
+        utils.set_up_torch(1)
+        from fast_alfworld import games_for
+        assert games_for("tiny", None, "train", 8)[0] and utils.cpu_count() >= 1
+    """
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HOME", "ALFWORLD_DATA")}
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)
+    assert said.returncode == 0, said.stderr
 
 
 # --- mistakes of the user ------------------------------------------------------------------------

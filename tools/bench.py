@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fast_alfworld import (TASK_TYPES, AlfworldEnv, Game, engine, find_data, generate, write_games)
 from fast_alfworld.cli import Parser, command_line
+from fast_alfworld.files import provenance, write_json
 from fast_alfworld.games import game_files
 from fast_alfworld.reference import ReferenceEnv
-from run import provenance
 from tools.bench_models import bench_dpo, bench_prm, bench_rollout, load_policy
 from tools.experiment import adder
-from utils import generator, read_model, set_up_torch, write_json
+from utils import generator, read_model, set_up_torch
 
 PER_TYPE = 2  # games of each task type that alfworld's engine plays
 

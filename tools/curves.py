@@ -29,7 +29,7 @@ from fast_alfworld import fingerprint
 from fast_alfworld.cli import UserError, a_seed, at_least_one, between, command_line
 from fast_alfworld.score import paired_bootstrap, points
 from results import result_of
-from rollout import load_trajectories, rollout, states_of
+from rollout import SHARDS, load_trajectories, rollout, states_of
 from run import Run
 from search import best_of_n, read_prm, tilted
 from tools.experiment import (list_of, new_figure, parser_of, percent, read_run, run_flags,
@@ -168,7 +168,7 @@ class Stage:
     """Stage 3 of iteration i of a run, to be repeated by several losses."""
 
     def __init__(self, c, i, base, args):
-        files = sorted((c.run.path / f"iter{i}/rollouts").glob("*.safetensors"))
+        files = sorted((c.run.path / f"iter{i}/rollouts").glob(SHARDS))
         if not (c.run.path / f"iter{i}/rollouts.json").exists() or not files:
             raise UserError(f"{c.run.path}: the rollouts of iteration {i} are not finished")
         played = [t for file in files for t in load_trajectories(file)]

@@ -8,8 +8,9 @@ from pathlib import Path
 import train
 from fast_alfworld import fingerprint, games_for
 from fast_alfworld.cli import Parser, UserError, at_least_one
+from fast_alfworld.files import read_json, write_file, write_json
 from run import Context, Run, games_of
-from utils import pick_device, read_json, read_model, write_file, write_json
+from utils import pick_device, read_model
 
 # --- command line --------------------------------------------------------------------------------
 

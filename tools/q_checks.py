@@ -16,10 +16,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fast_alfworld.cli import Parser, UserError, command_line
+from fast_alfworld.files import write_json
 from qestimate import history_keys, pearson, q_table
-from rollout import load_trajectories
+from rollout import SHARDS, load_trajectories
 from tools.experiment import adder, open_run
-from utils import read_model, write_json
+from utils import read_model
 
 
 def visit_statistics(table):
@@ -60,7 +61,7 @@ def main():
     add("--iteration", 1, "of whose rollouts", metavar="N")
     args = parser.parse_args()
     run, config = open_run(args.run)
-    files = sorted(run.path.glob(f"iter{args.iteration}/rollouts/*.safetensors"))
+    files = sorted(run.path.glob(f"iter{args.iteration}/rollouts/{SHARDS}"))
     if not files:
         raise UserError(f"{args.run}: no rollouts of iteration {args.iteration}")
     tokenizer, gamma = read_model(run.path / "iter0/policy")[1], config["flags"]["gamma"]

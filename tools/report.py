@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import play
 from fast_alfworld.cli import Parser, UserError, a_seed, between, command_line
+from fast_alfworld.files import write_file
 from fast_alfworld.score import paired_bootstrap, points
 from results import explain
 from rollout import rollout
 from tools.experiment import (adder, common_flags, new_figure, open_run, percent, read_run,
                               save_figure, span)
-from utils import generator, set_up_torch, write_file
+from utils import generator, set_up_torch
 
 PAPER = (0.649, 0.739, 0.858, 0.881)  # π_0 … π_3 on valid_unseen, cap 30 (arXiv 2502.10325)
 SHOWN = 5  # candidates of a state in an episode

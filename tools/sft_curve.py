@@ -11,13 +11,14 @@ from candidates import score_states
 from eval import evaluate_policy
 from fast_alfworld import COMPLETE, GAMES, fingerprint, fit_prior, games_for, split_dev
 from fast_alfworld.cli import UserError, a_seed, a_temperature, at_least_one, between
+from fast_alfworld.files import read_json
 from rollout import states_of
 from run import Run
 from sft import Sft, demonstrations, token_loss, train_sft, train_tokenizer, untrained
 from tools.experiment import (common_flags, list_of, new_figure, parser_of, percent, save_figure,
                               span, write_table)
 from train import DEV_EPISODES
-from utils import mine, pick_device, read_json, save_model, set_up_torch
+from utils import mine, pick_device, save_model, set_up_torch
 
 
 def sft(argv):

@@ -263,6 +263,21 @@ def test_an_incomplete_split_is_reported_and_an_empty_one_refused(folder, capsys
         next(generate("nonsense", 1))
 
 
+def test_what_alfworld_leaves_out_is_left_out_and_counted(tmp_path, capsys):
+    write_games(generate("valid_seen", 12, seed=2), tmp_path, "valid_seen")
+    folders = sorted((tmp_path / "json_2.1.1/valid_seen").iterdir())
+    for folder, part in zip(folders, ("pick_place_with_movable_recep", "AppleSliced")):
+        parts = folder.name.split("-")
+        folder.rename(folder.with_name("-".join([f"{parts[0]}_{part}", *parts[1:]])))
+    file = next(folders[2].glob("*/game.tw-pddl"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"solvable": False}))
+    capsys.readouterr()
+    kept = load_split(find_data(tmp_path), "valid_seen")
+    left = len(list(tmp_path.rglob("game.tw-pddl"))) - len(kept)
+    assert left >= 3 and not any("movable" in g.id or "Sliced" in g.id for g in kept)
+    assert f": {left} games left out" in capsys.readouterr().err
+
+
 def test_published_splits_are_complete(data_dir, capsys):
     for split in splits_of(data_dir):
         if split in COMPLETE:
