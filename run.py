@@ -73,7 +73,10 @@ class Run:
         wait_for_ranks()
         if rank() == 0:
             state.unlink(missing_ok=True)
-        return read_json(record)
+        found = read_json(record)
+        if found.get("stage") != name:
+            raise UserError(f"{record}: damaged; delete it, and the same command makes it again")
+        return found
 
     def records(self):
         """{(iteration, stage): record} of the finished stages, in order of iteration."""

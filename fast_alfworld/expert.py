@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .engine import NOTHING_HAPPENS
+from .gamefile import DataError
 
 TASKS = [(kind, re.compile(template)) for kind, template in (  # all task sentences of ALFWorld
     ("look", r"look at (\w+) under the (\w+)"), ("look", r"examine the (\w+) with the (\w+)"),
@@ -44,13 +45,13 @@ class Task(NamedTuple):
 def parse_task(sentence):
     """"put a clean mug in desk." -> Task("clean", "mug", "desk").
 
-    Raises ValueError for a sentence that is not a task of ALFWorld.
+    Raises DataError for a sentence that is not a task of ALFWorld.
     """
     for kind, template in TASKS:
         match = template.fullmatch(sentence.strip().rstrip("."))
         if match:
             return Task(kind, *match.groups())
-    raise ValueError(f"not a task of ALFWorld: {sentence!r}")
+    raise DataError(f"not a task of ALFWorld: {sentence[:80]!r}")
 
 
 @lru_cache(1 << 16)  # games and episodes repeat their texts

@@ -80,7 +80,8 @@ class Game:
         except GameError as error:
             raise type(error)(f"{name}: {error}") from None
         except KeyError as error:
-            raise GameError(f"{name}: its facts name {error} but do not say what that is") from None
+            raise GameError(f"{name}: its facts name {str(error)[:80]} but do not say what that is"
+                            ) from None
 
     def __init__(self, data, name, path):
         clean_at, task, problem, walkthrough = check(data)

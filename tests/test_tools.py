@@ -18,7 +18,7 @@ from rollout import Episode, replay, rollout
 from run import Context, Run
 from search import best_of_n, tilted
 from tiny import assert_refused, by_id, in_process, played, read, taught, tokenizer
-from tools import bench, bench_models, curves, q_ground_truth, report
+from tools import bench, bench_models, curves, q_checks, q_ground_truth, report
 from tools.experiment import list_of, read_run
 from utils import generator, read_model, save_model
 
@@ -59,6 +59,20 @@ def tool(main, words, monkeypatch, capsys):
 def part(name):
     """A part of curves.py as a main function."""
     return lambda: curves.PARTS[name](curves.sys.argv[1:])
+
+
+def test_rollouts_are_those_that_the_run_has_written(made, monkeypatch, capsys):
+    """A copy beside them, by a file manager say, does not count."""
+    shard = made[0] / "iter1/rollouts/00000.safetensors"
+    copy = shard.with_name("00000 (1).safetensors")
+    copy.write_bytes(shard.read_bytes())
+    try:
+        lines = tool(q_checks.main, ("--run", made[0]), monkeypatch, capsys)
+        episodes = len(curves.load_trajectories(shard))
+        assert f"episodes: {episodes}" in lines and episodes == 48
+        assert read(made[0] / "q-checks/1.json")["episodes"] == episodes
+    finally:
+        copy.unlink()
 
 
 # --- curves.py -----------------------------------------------------------------------------------

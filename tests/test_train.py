@@ -1,6 +1,7 @@
 """The loop by its command line: what a run leaves behind, every kind of it, and bad values."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,11 +13,12 @@ import torch
 
 import dpo
 import prm
+import tiny
 import train
 from candidates import PrefixTree
 from fast_alfworld import generated_split, split_dev, task_folder
 from fast_alfworld.cli import UserError
-from fast_alfworld.files import write_json
+from fast_alfworld.files import lock, write_json
 from optim import optimise
 from qestimate import labels_of, q_table
 from rollout import load_trajectories, save_trajectories
@@ -72,6 +74,12 @@ def test_a_run_ends_with_a_table_of_all_policies(run):
             assert record["success"] == np.mean(won) and len(row[split]["gain"]) == 3
             assert len(won) == record["games"] * (2 if split == "dev" else 1)
     assert result["rows"][0]["dev"]["gain"] == [0, 0, 0]
+
+
+def test_two_at_once_in_one_folder_are_refused(run):
+    kept = lock(run[0] / ".lock", "busy")
+    assert_refused(tiny.train(run[0], *TINY), "another train.py is at work there", str(os.getpid()))
+    kept.close()
 
 
 def test_every_stage_leaves_its_record_and_nothing_else(run):
