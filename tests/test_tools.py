@@ -70,6 +70,7 @@ def test_rollouts_are_those_that_the_run_has_written(made, monkeypatch, capsys):
         lines = tool(q_checks.main, ("--run", made[0]), monkeypatch, capsys)
         episodes = len(curves.load_trajectories(shard))
         assert f"episodes: {episodes}" in lines and episodes == 48
+        assert 0 <= read(made[0] / "q-checks/1.json")["go_to_repeated"]["lost"] < 12
         assert read(made[0] / "q-checks/1.json")["episodes"] == episodes
     finally:
         copy.unlink()
@@ -183,7 +184,7 @@ def states_of(rng, n=30, error=0.0):
 def test_a_judge_that_knows_ranks_right_and_one_that_errs_wrong():
     states = states_of(np.random.default_rng(0))
     q = [np.array(s["q"]) for s in states]
-    right, wrong, flat = (q_ground_truth.compare([f(x) for x in q], states) for f in (
+    right, wrong, flat = (q_ground_truth.compare([f(x) for x in q], states, 0.1) for f in (
         lambda x: 2 * x, lambda x: -x, lambda x: np.full(len(x), x.mean())))
     assert right["q"] == right["advantage"] == pytest.approx(1) == -wrong["advantage"]
     assert right["pairs"][0.05][1] == 1 and wrong["pairs"][0.05][1] == 0
@@ -194,9 +195,10 @@ def test_a_judge_that_knows_ranks_right_and_one_that_errs_wrong():
 
 def test_pairs_and_gain_written_out():
     states = [{"q": [0.6, 0.2, 0.5], "error": [0.01, 0.01, 0.06], "pi": [0.5, 0.25, 0.25]}]
-    found = q_ground_truth.compare([np.array([0.1, 0.5, 0.5])], states)
+    found = q_ground_truth.compare([np.array([0.1, 0.5, 0.5])], states, 0.4 / np.log(2))
     # A of 0.6, 0.2, 0.5 is 0.125, −0.275, 0.025; the pair 0.6, 0.5 is within two standard errors
-    assert found["gain"] == pytest.approx(-0.275)
+    # π·exp(Q/β) is 0.5, 0.5, 0.5 before it is normalised
+    assert found["gain"] == pytest.approx((0.125 - 0.275 + 0.025) / 3)
     assert found["pairs"] == {0.05: (2, 0.25), 0.1: (2, 0.25), 0.15: (2, 0.25)}
 
 
@@ -204,7 +206,7 @@ def test_the_spread_of_actions_that_are_equally_good_is_noise():
     rng, N = np.random.default_rng(0), 64
     states = [{"q": (rng.binomial(N, 0.3, 4) / N).tolist(), "pi": [0.25] * 4,
                "error": [(0.21 / N) ** 0.5] * 4} for _ in range(400)]
-    found = q_ground_truth.compare([np.array(s["q"]) for s in states], states)
+    found = q_ground_truth.compare([np.array(s["q"]) for s in states], states, 0.1)
     assert found["true_spread"] < 0.015 < 0.04 < found["spread"]
     assert found["pairs"][0.05][0] < 0.1 * 400 * 6
 

@@ -4,8 +4,9 @@
     python tools/q_checks.py --run runs/default --iteration 2
 
 Prints, and writes to RUN/q-checks/I.json: how many (s, a) there are, the variance of single returns
-around Q̂ where (s, a) was revisited, the same by number of visits, and the correlation of Q̂ from
-one half of the rollouts with the returns of the other half at the same (s, a).
+around Q̂ where (s, a) was revisited, the same by number of visits, the correlation of Q̂ from one
+half of the rollouts with the returns of the other half at the same (s, a), and how often won and
+lost episodes go back to a place where they have been.
 """
 
 import sys
@@ -54,6 +55,15 @@ def held_out_check(trajectories, tokenizer, gamma, keys=history_keys):
     return {"pairs": len(both), "pearson": pearson(*np.array(both).reshape(-1, 2).T)}
 
 
+def repeats(trajectories, tokenizer):
+    """Mean number of actions `go to X` after an earlier `go to X`, of won and of lost episodes."""
+    found = {"won": [], "lost": []}
+    for t in trajectories:
+        places = [a for a in tokenizer.actions(t.ids) if a.startswith("go to ")]
+        found["won" if t.won else "lost"].append(len(places) - len(set(places)))
+    return {how: float(np.mean(some)) if some else None for how, some in found.items()}
+
+
 def main():
     parser = Parser(__doc__)
     add = adder(parser)
@@ -67,7 +77,8 @@ def main():
     tokenizer, gamma = read_model(run.path / "iter0/policy")[1], config["flags"]["gamma"]
     played = [t for file in files for t in load_trajectories(file)]
     result = {"episodes": len(played), **visit_statistics(q_table(played, tokenizer, gamma)),
-              "other_half": held_out_check(played, tokenizer, gamma)}
+              "other_half": held_out_check(played, tokenizer, gamma),
+              "go_to_repeated": repeats(played, tokenizer)}
     for name, value in result.items():
         print(f"{name}: {value}")
     write_json(run.path / f"q-checks/{args.iteration}.json", result)

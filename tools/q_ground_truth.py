@@ -10,7 +10,7 @@ weighted by π. Judges are compared: log π, each PRM, and one step ahead, γ E_
 
     Q, A       correlation with the true Q, and of advantages
     spread     standard deviation of advantages; of the true ones, less the noise of the rollouts
-    gain       true advantage of the candidate that the judge prefers
+    gain       of acting by π·exp(Q/β) over π: the true advantage, a state (not for log π)
     ≥ 0.05 …   pairs of a state whose true Q differ by so much, and by more than two standard
                errors: the share that the judge ranks right
 
@@ -156,7 +156,7 @@ def advantages(q, pi):
     return q - (pi * q).sum() / pi.sum()
 
 
-def compare(said, states):
+def compare(said, states, beta):
     """What a judge says, a list of (A,), against the truth -> dict of the columns above."""
     pis = [np.array(s["pi"]) for s in states]
     true, errors = ([np.array(s[k]) for s in states] for k in ("q", "error"))
@@ -171,12 +171,13 @@ def compare(said, states):
     for gap in GAPS:
         far = (np.abs(differs) >= gap) & (np.abs(differs) > 2 * error)
         pairs[gap] = int(far.sum()), float(right[far].mean()) if far.any() else None
-    best = [a[int(np.argmax(s))] for a, s in zip(A, said)]
+    tilted = [pi * np.exp((s - s.max()) / beta) for s, pi in zip(said, pis)]
+    gain = [(w * a).sum() / w.sum() for w, a in zip(tilted, A)]
     own, A = np.concatenate(own), np.concatenate(A)
     return {"q": pearson(np.concatenate(said), np.concatenate(true)), "advantage": pearson(own, A),
             "spread": float((own ** 2).mean() ** 0.5),
             "true_spread": float(max(0, (A ** 2 - noise).mean()) ** 0.5),
-            "gain": float(np.mean(best)), "pairs": pairs}
+            "gain": float(np.mean(gain)), "pairs": pairs}
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -192,6 +193,7 @@ def main():
     add("--others", 1, "candidates of each state that are drawn from the rest",
         type=between(1, 100, int))
     add("--rollouts", 64, "rollouts from each", type=between(2, 10 ** 5, int))
+    add("--beta", None, "of the column gain (default: the run's)", type=between(1e-4, 1e9))
     add("--seed", 0, "of states and rollouts", type=a_seed)
     add("--out", None, "results (default: RUN/truth-policyI)", type=str, metavar="DIR")
     args = parser.parse_args()
@@ -209,13 +211,16 @@ def main():
         c, find_states(c, policy, args, c.args.temperature), args, folder, out)})["states"]
     said = judge_states(c, policy, prms, states)
     said[TRUTH] = [np.array(state["q"]) for state in states]
-    rows = [{"judge": name, **compare(values, states)} for name, values in said.items()]
+    beta = args.beta or c.args.beta
+    rows = [{"judge": name, **compare(values, states, beta)} for name, values in said.items()]
+    rows[0]["gain"] = None  # log π is no Q
     number = lambda x: "–" if x is None else f"{x:.2f}"
     ranked = lambda pair: "–" if pair[1] is None else f"{100 * pair[1]:.0f} %"
     head = [f"≥ {gap} ({n} pairs)" for gap, (n, _) in rows[0]["pairs"].items()]
     write_table(out, rows, ["judge", "Q", "A", "spread", "gain", *head], lambda r: [
         r["judge"], number(r["q"]), number(r["advantage"]),
-        f"{r['true_spread' if r['judge'] == TRUTH else 'spread']:.3f}", f"{r['gain']:+.3f}",
+        f"{r['true_spread' if r['judge'] == TRUTH else 'spread']:.3f}",
+        "–" if r["gain"] is None else f"{r['gain']:+.4f}",
         *map(ranked, r["pairs"].values())])
 
 
