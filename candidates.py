@@ -90,7 +90,7 @@ def expected(log_pi, q):
 
 
 def tilt(log_pi, q, beta):
-    """log of π(a|s)·exp(Q(s,a)/β)/Z(s), which maximises E[Q] − β KL(· ‖ π) (METHOD, eq. 1)."""
+    """log of π(a|s)·exp(Q(s,a)/β)/Z(s), which maximises E[Q] − β KL(· ‖ π) (dpo.py)."""
     return torch.log_softmax(log_pi + q / beta, dim=-1)
 
 
@@ -181,7 +181,7 @@ def score_states(model, sequences, states, temperature=1.0):
 def hidden(model, sequences, states):
     """-> (N, D): the hidden states that `values` asks for, of `states` as in `score_states`.
 
-    The sequences, as far as a state sees them, come first; then the trees, in rows of their own."""
+    The sequences, cut behind their last state, come first; then the trees, in rows of their own."""
     ends, length = model.config.head == "score", {}
     for b, start, _ in states:
         length[b] = max(start, length.get(b, 0))

@@ -1,7 +1,7 @@
 """Stage 3: max_π E[Q_i(s, a)] − β KL(π ‖ π_{i−1}), judged by the PRM at states of the rollouts.
 
 With the candidates at hand π(·|s), KL and E[Q] are exact, and the objective has the closed form
-π*(a|s) ∝ π_{i−1}(a|s)·exp(Q_i(s, a)/β) (METHOD, equation 1). Three losses approach it:
+π*(a|s) ∝ π_{i−1}(a|s)·exp(Q_i(s, a)/β). Three losses approach it:
 
     dpo, hard labels    P1: two samples of the current policy, the one of higher Q is chosen
     dpo, soft labels    the same pairs, labelled σ(Q_a − Q_b): its optimum is the closed form
@@ -46,7 +46,7 @@ class Improve:
     lr: float = 1e-4
     updates: int = 300
     trajectories: int = 8  # in an update
-    states: int = 8  # of each
+    states: int = 8  # of each trajectory
     temperature: float = 0.3  # of π and π_ref
     weight_decay: float = 0.0
 
@@ -59,7 +59,7 @@ class Batch:
     q: torch.Tensor | None  # (B, C) what the judge says of each candidate
     choice: torch.Tensor  # (B,) the candidate that the rollout took
     trajectories: list  # B trajectories
-    steps: list  # B numbers of actions in them
+    steps: list  # B indices: which action of its trajectory
     keys: tuple  # RNG keys, one of them (B,)
 
 
@@ -90,7 +90,7 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
             loss=policy_loss, **training):
     """Move the policy to the objective of stage 3 at random states of the trajectories. -> log
 
-    games: {id: Game}. judge(sequences, states) -> Q (B, C); None for a loss that asks no PRM.
+    games: {id: Game}. judge(sequences, states) -> Q (B, C); None for a loss that needs no PRM.
     Logged at every state, exactly: kl (to the reference), entropy and, with a judge, distillation
     loss and gain in E[Q] over the reference. training: options of `optimise`."""
     order = random_batches(generator(seed, "improve"), len(trajectories), settings.trajectories,

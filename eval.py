@@ -184,8 +184,8 @@ def acting(args, prm):
     if args.lookahead:
         return {"act": look_ahead(prm, args.best_of, args.lookahead, args.temperature)}
     if args.best_of > 1 or args.act_beta:
-        return {"act": tilted(args.act_beta) if args.act_beta else best_of_n(args.best_of),
-                "prm": prm}
+        return {"prm": prm, "act": tilted(args.act_beta, prm.bounded) if args.act_beta
+                else best_of_n(args.best_of)}
     return {"act": None if args.actions == "free" else sample}
 
 

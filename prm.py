@@ -3,7 +3,7 @@
 The PRM is the policy's transformer with a scalar head f, read at the <end> of each action: one
 causal forward pass over a trajectory gives Q at all its actions. An objective is a function
 objective(prm, picked, share, step) -> (loss, metrics): `picked` are the numbers of the
-trajectories, `share` how many the whole batch has, of which other ranks may have a part."""
+trajectories, `share` the size of the whole batch, of which other ranks may have a part."""
 
 from dataclasses import dataclass
 

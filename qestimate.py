@@ -20,7 +20,7 @@ def returns(trajectory, gamma):
 def history_keys(trajectory, tokenizer):
     """64-bit hashes of the states s_t and of the pairs (s_t, a_t), two (T,) uint64 arrays.
 
-    Of text: however it is split into tokens, and without the spaces around an action."""
+    They hash the text, whatever its tokens, without the spaces around an action."""
     history, number = hashlib.blake2b(digest_size=8), lambda h: int.from_bytes(h.digest(), "little")
     states, pairs, seen, ids = [], [], 0, trajectory.ids
     for start, end in zip(np.nonzero(ids == ACT)[0] + 1, np.nonzero(ids == END)[0] + 1):

@@ -28,7 +28,7 @@ MAX_ANSWER = 96  # tokens of an imagined answer, <act> included; of 4,000 real o
 
 
 def read_prm(folder, tokenizer, device="cpu", within_state=False):
-    """Read a PRM to act with. UserError if it does not fit the policy or the use.
+    """Read a PRM to act with; its `bounded`: is Q = σ(f)? UserError if it does not fit.
 
     within_state: it will compare actions of one state only. A PRM trained by BT, InversePRM or on
     shaped labels is refused for anything else: its f is no value, and differs by state."""
@@ -41,6 +41,7 @@ def read_prm(folder, tokenizer, device="cpu", within_state=False):
     if relative and not within_state:
         raise UserError(f"{folder}: a PRM trained by BT, InversePRM or on shaped labels compares "
                         "actions of one state only; use --best-of or --act-beta")
+    prm.bounded = not relative
     return prm
 
 
@@ -60,10 +61,12 @@ def best_of_n(n):
     return act
 
 
-def tilted(beta):
-    """act: sample from π(a|s) · exp(Q(s,a)/β) / Z(s) (METHOD, equation 1); β = ∞ is the policy."""
+def tilted(beta, bounded=True):
+    """act: sample from π(a|s)·exp(Q(s,a)/β)/Z(s), as dpo.py; β = ∞ is the policy. Q = σ(f), or f
+    itself where it is known up to a constant per state only."""
     def act(turn):
-        return draw(tilt(turn.log_pi, turn.f.sigmoid(), beta), uniform(*turn.names))
+        q = turn.f.sigmoid() if bounded else turn.f
+        return draw(tilt(turn.log_pi, q, beta), uniform(*turn.names))
 
     return sample if beta == np.inf else act
 

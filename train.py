@@ -1,4 +1,4 @@
-"""AgentPRM on ALFWorld: roll out, estimate Q̂, train a PRM, improve the policy; three times over.
+"""AgentPRM on ALFWorld: roll out, estimate Q̂, train a PRM, improve the policy; repeat.
 
     python train.py --iters 3 --rollouts 70000    # the paper's size
     python train.py --iters 3 --rollouts 4000     # a small one, within an hour on two cores
@@ -6,7 +6,8 @@
     python train.py --ablation reset              # one of ablations/: it replaces steps of the loop
     torchrun --nproc_per_node=2 train.py …        # several GPUs, or machines that share --out
 
-The same command on an existing --out continues where it stopped."""
+The same command on an existing --out continues where it stopped. In the help and in the code, P1
+is Choudhury, arXiv 2502.10325, and P2 is Xi et al., arXiv 2511.08325."""
 
 import importlib
 import sys
@@ -99,7 +100,7 @@ def judge(c, i, prm):
 
 
 STEPS = {
-    "games": lambda args, some: some,  # those of train, or of dev, that are used -> [Game]
+    "games": lambda args, some: some,  # filters the games of train, and those of dev -> [Game]
     "tokenizer": tokenizer,
     "demonstrations": demonstrations_,
     "start_states": lambda c, i, episodes: episodes,  # where rollouts start -> [Episode]
@@ -203,7 +204,7 @@ def train_prm(c, i, some, name="prm"):
 
 
 def held_out(args, some):
-    """Task folders whose rollouts no PRM of this run is trained on, a share of HELD_OUT."""
+    """A share of HELD_OUT of the task folders of these rollouts: they validate their PRM."""
     folders = sorted({task_folder(t.game) for t in some},
                      key=lambda folder: key(f"held out {args.seed} {folder}"))
     if len(folders) < 2:
@@ -232,7 +233,7 @@ def improve_policy(c, i, some):
 
 
 def evaluate(c, i):
-    """Success of π_i on dev and on the test splits, as `eval.py --seed` plays it."""
+    """Success of π_i on dev and the test splits: the episodes of eval.py with this --seed."""
     for split, some in {"dev": c.dev, **c.test}.items():
         each = DEV_EPISODES if split == "dev" else c.args.episodes_per_game
         episodes = [Episode(game, k) for game in some for k in range(each)]
@@ -295,7 +296,7 @@ def parse(argv=None):
     add("--layers", 4, "its layers", between(1, 100, int))
     g = parser.add_argument_group("stage 1: rollouts")
     add("--rollouts", 70_000, "episodes an iteration", between(2, 10 ** 8, int))
-    add("--rollouts-per-game", 16, "of them of each game", at_least_one)
+    add("--rollouts-per-game", 16, "episodes of each game drawn", at_least_one)
     add("--gamma", 0.95, "discount", between(0, 1))
     g = parser.add_argument_group("stage 2: PRM")
     choice("--prm-loss", "P1's BCE or Bradley-Terry, or P2's loss", "bce", "bt", "promise-progress")
@@ -303,11 +304,13 @@ def parse(argv=None):
     add("--prm-lr", prms.Fit.lr, "learning rate", rate)
     add("--prm-batch", prms.Fit.batch, "trajectories an update", at_least_one)
     add("--prm-epochs", prms.Fit.epochs, "epochs", between(1e-6, 1000))
-    g = parser.add_argument_group("stage 3: policy")
+    g = parser.add_argument_group("stage 3: policy (--dpo-… for both ways)")
     choice("--improve", "distil the closed form π·exp(Q/β), or online DPO", "exact", "dpo")
     choice("--labels", "of dpo: the better sample is chosen, or σ(Q_a − Q_b)", "hard", "soft")
-    add("--beta", dpo.Improve.beta, "weight of the KL to the reference", between(1e-9, 1e9))
-    add("--kl", dpo.Improve.kl, "weight of the KL at every state in the loss", between(0, 1e9))
+    add("--beta", dpo.Improve.beta, "of the objective E[Q] − β KL(π ‖ reference)",
+        between(1e-9, 1e9))
+    add("--kl", dpo.Improve.kl, "weight of that KL, at every state, added to the loss",
+        between(0, 1e9))
     choice("--ref", "reference policy: π_{i−1} or π_0", "prev", "init")
     add("--dpo-lr", dpo.Improve.lr, "learning rate", rate)
     add("--updates", dpo.Improve.updates, "updates", at_least_one)

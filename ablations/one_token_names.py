@@ -1,7 +1,7 @@
 """A name and its number as one token, " desk 1", instead of two, " desk" and " 1".
 
 Paper: none. As one token, the desk in view and the desk that the task asks for have nothing in
-    common; METHOD measured 54.5 instead of 73.0 % of dev for SFT on 4,000 demonstrations.
+    common; a sketch measured 54.5 instead of 73.0 % of dev for SFT on 4,000 demonstrations.
 Changes `tokenizer`.
 Command: python train.py --ablation one_token_names --iters 0
 Ours: not measured yet.

@@ -84,7 +84,7 @@ def sequence_score(model, ids):
 def test_the_loss_of_an_update_is_a_naive_loop_with_its_gradient(hide_ends, monkeypatch):
     """One sequence a score; the expert's next action is drawn here by another route.
 
-    METHOD, known mistake 7: every transition has the next action of its own next state.
+    Every transition has the next action of its own next state (docs/results.md, mistake 7).
     """
     model, policy, experts, learners = prm(), taught(), demos(), played()
     known = {tuple(t.ids): (t, trained) for t, trained in experts}

@@ -73,7 +73,7 @@ def act(argv):
         plain = x == {"beta": math.inf, "best_of": 1}[kind]
 
         def make(state):
-            acting = {"beta": tilted, "best_of": best_of_n}[kind](x)
+            acting = tilted(x, prm.bounded) if kind == "beta" else best_of_n(x)
             return evaluate_policy(
                 policy, c.tokenizer, games, episodes_per_game=args.episodes_per_game, seed=seed,
                 temperature=c.args.temperature, max_steps=c.args.max_steps,
