@@ -6,7 +6,7 @@ flags(parser) adds flags, check(args) refuses settings under which the ablation 
 """
 
 import importlib
-from inspect import isfunction
+from inspect import ismodule
 from pathlib import Path
 
 from fast_alfworld.cli import UserError
@@ -25,8 +25,8 @@ def load(names, parser, steps):
         getattr(module, "flags", lambda parser: None)(parser)
         checks.append(getattr(module, "check", lambda args: None))
         for step in steps.keys() & vars(module).keys():
-            if not (getattr(module, step) is None or isfunction(getattr(module, step))):
-                continue  # an import, such as the module tokenizer
+            if ismodule(getattr(module, step)):  # `import tokenizer` is no step
+                continue
             if step in owner:
                 raise UserError(f"--ablation {owner[step]},{name}: both replace the step {step}")
             steps[step], owner[step] = getattr(module, step), name
