@@ -12,9 +12,9 @@ the <end> token included. The commands are laid out as a prefix tree behind the 
                             └─ look ─── <end>
 
 The policy reads log p of each token at its parent; the PRM reads Q(s, a) at the <end> of a. In
-rollouts the history is in a KV cache (`extend`); in training a whole trajectory and the trees of
-several of its states are one sequence (`score_states`). A batch of states is a (B, C) tensor,
-padded with FORBIDDEN where a state has fewer than C candidates."""
+rollouts the history is in a KV cache (`extend`); in training whole trajectories and the trees of
+several of their states share one forward pass (`score_states`). A batch of states is a (B, C)
+tensor, padded with FORBIDDEN where a state has fewer than C candidates."""
 
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from model import NO_TREE
 from tokenizer import END
 
 FORBIDDEN = -1e9  # log-probability of padding; finite, so that 0 · log 0 is 0
@@ -141,11 +142,11 @@ def extend(model, cache, starts, chains, trees, temperature=1.0):
     starts (rows,): tokens the row holds. chains: the new ids of every row, up to an <act>; a row
     without tokens takes no part. trees: a PrefixTree for every row with tokens; its keys and values
     lie in the cache behind the chain. -> log π (B, C) of a policy, f (B, C) of a PRM"""
-    ends, nothing = model.config.head == "score", (np.empty(0, np.int64), np.empty((0, 0), bool))
+    ends = model.config.head == "score"
     tokens, behind, places, total, waiting = [], [], [], 0, iter(trees)
     for chain in chains:
         if not len(chain):
-            tokens.append(nothing[0]), behind.append(nothing)
+            tokens.append(NO_TREE[0]), behind.append(NO_TREE)
             continue
         tree = next(waiting)
         n = tree.nodes(ends)
@@ -186,9 +187,8 @@ def hidden(model, sequences, states):
     for b, start, _ in states:
         length[b] = max(start, length.get(b, 0))
     own = sorted(length, key=length.get)  # neighbours of similar length
-    order, nothing = sorted(range(len(states)), key=lambda n: states[n][1]), (
-        np.empty(0, np.int64), np.empty((0, 0), bool))
-    rows = [(0, sequences[b][:length[b]], nothing, r) for r, b in enumerate(own)]
+    order = sorted(range(len(states)), key=lambda n: states[n][1])
+    rows = [(0, sequences[b][:length[b]], NO_TREE, r) for r, b in enumerate(own)]
     for b, start, tree in (states[n] for n in order):
         m = tree.nodes(ends)
         rows.append((start, tree.ids[:m], (tree.depth[:m], tree.seen[:m, :m]), own.index(b)))

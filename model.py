@@ -22,6 +22,7 @@ from torch.nn import functional as F
 # The type that layers compute in and the cache holds. Weights and losses stay float32.
 AUTOCAST = {"cuda": torch.bfloat16}
 STRETCH = {"cpu": 4, "cuda": 1024}  # cache rows that attend together; padding costs more on a CPU
+NO_TREE = np.empty(0, np.int64), np.empty((0, 0), bool)  # for `extend`: a chain alone
 QWEN3 = {  # our names of sizes -> transformers'
     "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
@@ -150,9 +151,8 @@ class Transformer(nn.Module):
             return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(self.device)
 
         counts, positions, masks = np.array([len(t) for t in tokens]), [], []
-        nothing = np.empty(0, np.int64), np.empty((0, 0), bool)
         for row, (start, n) in enumerate(zip(starts, counts)):
-            depth, seen = trees[row] if trees else nothing
+            depth, seen = trees[row] if trees else NO_TREE
             chain = n - len(depth)
             positions.append(start + np.concatenate([np.arange(chain), chain + depth]))
             masks.append(np.tri(n, dtype=bool))  # visibility among a row's new tokens

@@ -3,13 +3,11 @@
 An episode is {"game": its id, "won": bool, "actions": how many}, of any agent.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 
 from .cli import UserError
 from .expert import demonstrate
+from .files import read_json
 from .gamefile import TASK_TYPES
 
 
@@ -108,10 +106,10 @@ def earlier(file, games):
     """The episodes of an earlier result; UserError where that is no result on these games."""
     try:
         episodes = [{"game": e["game"], "won": float(e["won"])}
-                    for e in json.loads(Path(file).read_text())["episodes"]]
+                    for e in read_json(file)["episodes"]]
         if {e["game"] for e in episodes} == {game.id for game in games}:
             return episodes
-    except (TypeError, LookupError, ValueError, RecursionError):
+    except (TypeError, LookupError, ValueError, UserError):
         pass
     raise UserError(f"--against {file}: not a result of eval.py --json on the same games")
 

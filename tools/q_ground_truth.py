@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from candidates import expected, prefix_tree, score_states
 from fast_alfworld import AlfworldEnv, fingerprint
-from fast_alfworld.cli import Parser, UserError, a_seed, at_least_one, between, command_line
+from fast_alfworld.cli import Parser, a_seed, at_least_one, between, command_line
 from qestimate import pearson
 from rollout import Episode, load_trajectories, play_shards, rollout, states_of
 from run import Run
@@ -112,10 +112,7 @@ def play_truth(c, states, args, folder, out):
 def read_judge(c, folder):
     """A PRM -> (model, whether its values of different states compare)"""
     prm = read_prm(folder, c.tokenizer, c.device, within_state=True)
-    try:
-        return read_prm(folder, c.tokenizer, c.device), True
-    except UserError:
-        return prm, False
+    return prm, prm.bounded
 
 
 @torch.no_grad()
