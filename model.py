@@ -26,7 +26,7 @@ NO_TREE = np.empty(0, np.int64), np.empty((0, 0), bool)  # for `extend`: a chain
 QWEN3 = {  # our names of sizes -> transformers'
     "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "hidden": "intermediate_size", "max_len": "max_position_embeddings",
+    "head_dim": "head_dim", "hidden": "intermediate_size", "max_len": "max_position_embeddings",
     "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
 
 
@@ -35,11 +35,12 @@ class Config:
     vocab_size: int
     dim: int = 128
     n_layers: int = 4
-    n_heads: int = 4
+    n_heads: int = 2
     n_kv_heads: int = 2
+    head_dim: int = 64
     hidden: int = 384
     max_len: int = 2048
-    rope_theta: float = 10_000.0
+    rope_theta: float = 100_000.0
     norm_eps: float = 1e-5
     head: str = "lm"  # "lm": logits, tied to the embedding; "score": one scalar a token
 
@@ -49,7 +50,7 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        head_dim = c.dim // c.n_heads
+        self.head_dim = head_dim = c.head_dim
         self.input_layernorm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.self_attn = nn.ModuleDict({
             "q_proj": nn.Linear(c.dim, c.n_heads * head_dim, bias=False),
@@ -63,7 +64,6 @@ class Layer(nn.Module):
             "gate_proj": nn.Linear(c.dim, c.hidden, bias=False),
             "up_proj": nn.Linear(c.dim, c.hidden, bias=False),
             "down_proj": nn.Linear(c.hidden, c.dim, bias=False)})
-        self.head_dim = head_dim
 
     def forward(self, x, cos, sin, attend):
         """x (…, D), cos and sin (…, head_dim); attend(q, k, v) -> (…, heads, head_dim)."""
@@ -86,17 +86,16 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        head_dim = c.dim // c.n_heads
-        if c.dim % c.n_heads or c.n_heads % c.n_kv_heads or head_dim % 2:
-            raise ValueError(f"dim {c.dim} must be an even multiple of heads {c.n_heads}, "
-                             f"and heads a multiple of kv heads {c.n_kv_heads}")
+        if c.n_heads % c.n_kv_heads or c.head_dim % 2:
+            raise ValueError(f"head_dim {c.head_dim} must be even, and heads {c.n_heads} a "
+                             f"multiple of kv heads {c.n_kv_heads}")
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.dim),
             "layers": nn.ModuleList(Layer(c) for _ in range(c.n_layers)),
             "norm": nn.RMSNorm(c.dim, eps=c.norm_eps)})
         if c.head == "score":
             self.score = nn.Linear(c.dim, 1)
-        half = head_dim // 2
+        half = c.head_dim // 2
         frequencies = c.rope_theta ** (-torch.arange(half) / half)
         angles = torch.outer(torch.arange(c.max_len), frequencies)  # (max_len, head_dim / 2)
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
@@ -108,9 +107,12 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Layer):  # as GPT-2: variance does not grow with depth
-            for p in (module.self_attn["o_proj"], module.mlp["down_proj"]):
+        if isinstance(module, Layer):
+            for p in (module.self_attn["o_proj"], module.mlp["down_proj"]):  # as GPT-2: variance
                 nn.init.normal_(p.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
+            # Small heads cannot attend sharply: q·k/√d is at most √d. Start as with d = 128.
+            for p in (module.self_attn["q_norm"], module.self_attn["k_norm"]):
+                nn.init.constant_(p.weight, (128 / self.config.head_dim) ** 0.25)
 
     @property
     def device(self):
@@ -212,7 +214,7 @@ class Transformer(nn.Module):
         (folder / "config.json").write_text(json.dumps({
             "architectures": [name], "model_type": "qwen3", "torch_dtype": "float32",
             **{theirs: getattr(c, ours) for ours, theirs in QWEN3.items()},
-            "head_dim": c.dim // c.n_heads, "num_labels": 1, "tie_word_embeddings": True,
+            "num_labels": 1, "tie_word_embeddings": True,
             "hidden_act": "silu", "attention_bias": False, "bos_token_id": None,
             "eos_token_id": 5, "pad_token_id": 0, **more}, indent=2) + "\n")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -277,7 +279,7 @@ class Cache:
     """Keys and values of `rows` sequences: two tensors (layers, rows, kv heads, length, …)."""
 
     def __init__(self, config, rows, device="cpu"):
-        shape = (config.n_layers, rows, config.n_kv_heads, 0, config.dim // config.n_heads)
+        shape = (config.n_layers, rows, config.n_kv_heads, 0, config.head_dim)
         dtype = AUTOCAST.get(torch.device(device).type, torch.float32)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 

@@ -213,7 +213,7 @@ def slots_for(policy):
     """Episodes in flight: 128 on a CPU, 1024 on a GPU, fewer where a cache would exceed 2 GiB; not
     by what happens to be free, for a shard must be the same whoever plays it."""
     c, size = policy.config, 4 if policy.device.type == "cpu" else 2
-    row = 2 * c.n_layers * c.n_kv_heads * c.max_len * (c.dim // c.n_heads) * size  # bytes
+    row = 2 * c.n_layers * c.n_kv_heads * c.max_len * c.head_dim * size  # bytes
     return max(1, min(128 if policy.device.type == "cpu" else 1024, 2 ** 31 // row))
 
 

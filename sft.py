@@ -33,11 +33,10 @@ def train_tokenizer(games, prior, seed, joined=False, sample=1000):
 
 
 def untrained(vocab_size, dim, layers, seed):
-    """The transformer that π_0 starts from: heads of 32 dimensions, weights fixed by the seed."""
+    """The transformer that π_0 starts from: heads of 64 dimensions, weights fixed by the seed."""
     torch.manual_seed(key(f"policy {seed}"))
-    heads = dim // 32
-    return Transformer(Config(vocab_size, dim, layers, heads, heads if heads % 2 else heads // 2,
-                              3 * dim))
+    heads = max(1, dim // 64)
+    return Transformer(Config(vocab_size, dim, layers, heads, heads, dim // heads, 3 * dim))
 
 
 def demonstrations(games, prior, tokenizer, n, *, seed=0, max_steps=30, mistakes=0.0, noise=0.0):

@@ -94,6 +94,11 @@ def prm_loss(c, i, some, hide_ends=False):
     return prms.bce_objective(some, c.steps.labels(c, i, some))
 
 
+def start_prm(c, i, name):
+    """What Q_i is trained from: Q_{i−1}; first, the policy with a new head. -> a PRM"""
+    return c.prm(i - 1, name) if i > 1 else c.policy(0).with_score_head()
+
+
 def judge(c, i, prm):
     """What scores candidates in stage 3: Q_i. -> judge(sequences, states) -> Q (B, C), or None"""
     return dpo.prm_judge(prm, bounded=absolute(c.args))
@@ -107,7 +112,7 @@ STEPS = {
     "trajectories": lambda c, i, played: played,  # what is learned from -> [Trajectory]
     "labels": labels,
     "prm_loss": prm_loss,
-    "start_prm": lambda c, i, policy: policy.with_score_head(),  # None in its place: no PRM
+    "start_prm": start_prm,  # None in its place: no PRM
     "judge": judge,
     "policy_loss": lambda c, i, some: dpo.policy_loss}  # (Batch, settings) -> losses (B,), metrics
 
@@ -130,7 +135,7 @@ def supervised(c):
         else:
             c.tokenizer = c.steps.tokenizer(c)
             policy = untrained(len(c.tokenizer), args.dim, args.layers, args.seed)
-            settings = Sft(lr=args.sft_lr, batch=args.sft_batch, obs_weight=args.obs_weight)
+            settings = Sft(lr=args.sft_lr, batch=args.sft_batch)
             log = train_sft(policy.to(c.device), c.demonstrations, settings, args.seed, state)
         save_model(folder, policy, c.tokenizer)
         return {"parameters": policy.n_parameters(), "log": log}
@@ -188,7 +193,7 @@ def train_prm(c, i, some, name="prm"):
                     for out in (False, True))
 
     def make(state):
-        prm, objective = c.steps.start_prm(c, i, c.policy(i - 1)), c.steps.prm_loss(c, i, learned)
+        prm, objective = c.steps.start_prm(c, i, name), c.steps.prm_loss(c, i, learned)
         settings = prms.Fit(lr=args.prm_lr, batch=args.prm_batch, epochs=args.prm_epochs)
         log = prms.fit(prm, len(learned), objective, settings, key(f"{name} {args.seed} {i}"),
                        state, f"PRM {i}")
@@ -220,8 +225,8 @@ def improve_policy(c, i, some):
     def make(state):
         policy, reference = c.policy(i - 1), c.policy(i - 1 if args.ref == "prev" else 0)
         judged = c.steps.judge(c, i, c.prm(i) if c.steps.start_prm else None)
-        settings = dpo.Improve(args.improve, args.labels, args.beta, args.kl, lr=args.dpo_lr,
-                               updates=args.updates, trajectories=args.dpo_batch,
+        settings = dpo.Improve(args.improve, args.labels, args.beta, args.kl, args.support,
+                               lr=args.dpo_lr, updates=args.updates, trajectories=args.dpo_batch,
                                temperature=args.dpo_temperature)
         log = dpo.improve(policy, reference, judged, c.tokenizer, some, c.by_id, settings,
                           seed=key(f"dpo {args.seed} {i}"), state=state,
@@ -288,10 +293,9 @@ def parse(argv=None):
     add("--episodes-per-game", 5, "episodes of each test game", at_least_one)
     g = parser.add_argument_group("π_0: supervised fine-tuning")
     add("--init", None, "folder of a policy to start from instead (default: none)", str)
-    add("--demos", 3000, "demonstrations, each seen once", at_least_one)
+    add("--demos", 2500, "demonstrations, each seen once", at_least_one)
     add("--sft-lr", Sft.lr, "learning rate", rate)
     add("--sft-batch", Sft.batch, "demonstrations an update", at_least_one)
-    add("--obs-weight", Sft.obs_weight, "weight of the world's answers in the loss", between(0, 10))
     add("--dim", 128, "width of the transformer, a multiple of 32", between(32, 8192, int))
     add("--layers", 4, "its layers", between(1, 100, int))
     g = parser.add_argument_group("stage 1: rollouts")
@@ -311,6 +315,8 @@ def parse(argv=None):
         between(1e-9, 1e9))
     add("--kl", dpo.Improve.kl, "weight of that KL, at every state, added to the loss",
         between(0, 1e9))
+    add("--support", dpo.Improve.support, "of exact: candidates that the reference plays with a "
+        "smaller probability keep it", between(0, 1))
     choice("--ref", "reference policy: π_{i−1} or π_0", "prev", "init")
     add("--dpo-lr", dpo.Improve.lr, "learning rate", rate)
     add("--updates", dpo.Improve.updates, "updates", at_least_one)

@@ -250,8 +250,8 @@ def test_saving_and_reading_keeps_every_bit(head, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    for wrong in ({"n_heads": 3}, {"n_kv_heads": 3}, {"dim": 12}):
-        with pytest.raises(ValueError, match="must be an even multiple"):
+    for wrong in ({"n_heads": 3}, {"n_kv_heads": 3}, {"head_dim": 3}):
+        with pytest.raises(ValueError, match="must be even, and heads"):
             Transformer(Config(100, **wrong))
 
 

@@ -297,7 +297,7 @@ def test_every_width_that_the_help_promises_makes_a_model(dim, tmp_path, monkeyp
     ("--beta 0", ("--beta", "0")), ("--kl -1", ("--kl", "-1")), ("--ref best", ("--ref", "best")),
     ("--threads 0", ("--threads", "1 …")), ("--smok", ("--smok",)),
     ("--demos 0", ("--demos", "1 …")), ("--dim 100", ("--dim 100", "multiple of 32")),
-    ("--sft-lr inf", ("--sft-lr", "inf")), ("--obs-weight nan", ("--obs-weight",)),
+    ("--sft-lr inf", ("--sft-lr", "inf")), ("--beta nan", ("--beta",)),
     ("--temperature -1", ("--temperature", "-1")), ("--dpo-temperature 0", ("--dpo-temperature",)),
     ("--n-generated 3", ("3 train games", "dev")), ("--device tpu9", ("tpu9",)),
     ("--device cuda:99", ("--device cuda:99",)), ("--max-steps 0", ("--max-steps",)),

@@ -73,7 +73,7 @@ def tokenizer():
 def random_model(seed=0, head="lm", scale=0.2, **sizes):
     """Large random weights, norms and biases too, so that no error hides behind a 0 or a 1."""
     rng = torch.Generator().manual_seed(seed)
-    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden=64, max_len=1024,
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden=64, max_len=1024,
                  rope_theta=300.0, norm_eps=1e-3) | sizes
     sizes.setdefault("vocab_size", len(tokenizer()))
     model = Transformer(Config(head=head, **sizes)).eval()
