@@ -209,13 +209,16 @@ def train_prm(c, i, some, name="prm"):
 
 
 def held_out(args, some):
-    """A share of HELD_OUT of the task folders of these rollouts: they validate their PRM."""
-    folders = sorted({task_folder(t.game) for t in some},
-                     key=lambda folder: key(f"held out {args.seed} {folder}"))
+    """About HELD_OUT of the task folders of these rollouts: they validate their PRM.
+
+    The same ones in all iterations, as Q_i starts from Q_{i−1}."""
+    place = lambda folder: key(f"held out {args.seed} {folder}") / 2 ** 63
+    folders = sorted({task_folder(t.game) for t in some}, key=place)
     if len(folders) < 2:
         raise UserError("all rollouts are of one task folder, and some must be held out to "
                         "validate the PRM: more --rollouts")
-    return set(folders[:min(max(1, round(HELD_OUT * len(folders))), len(folders) - 1)])
+    share = sum(place(folder) < HELD_OUT for folder in folders)
+    return set(folders[:min(max(1, share), len(folders) - 1)])
 
 
 def improve_policy(c, i, some):

@@ -183,7 +183,7 @@ def test_dpo_starts_from_the_previous_policy_and_keeps_near_the_reference(again,
         torch.testing.assert_close(judge([t.ids], states), dpo.prm_judge(model)([t.ids], states))
 
 
-def test_the_prm_starts_from_the_policy_and_sees_no_folder_that_validates_it(again, monkeypatch):
+def test_a_prm_starts_from_the_last_and_sees_no_folder_that_validates_it(again, monkeypatch):
     objectives = spied(monkeypatch, prm, "bce_objective")
     judged = spied(monkeypatch, prm, "validation_metrics")
     start = []
@@ -202,21 +202,21 @@ def test_the_prm_starts_from_the_policy_and_sees_no_folder_that_validates_it(aga
             np.testing.assert_array_equal(pair, want)
     assert gained.tolist() == sum(([0.95 ** (len(t) - 1 - k) * t.won for k in range(len(t))]
                                    for t in held), [])
-    policy = read_model(folder / "iter1/policy")[0]
-    assert all(torch.equal(p, q) for p, q in zip(start[0], policy.model.parameters()))
+    last = read_model(folder / "iter1/prm", head="score")[0]
+    assert all(torch.equal(p, q) for p, q in zip(start[0], last.model.parameters()))
     assert read(folder / "iter2/prm.json")["validation"]["actions"] == metrics["actions"]
 
 
 def test_the_folders_held_out_are_a_share_and_stay_the_same():
-    """Whatever else is played: of fewer folders, the same ones come first."""
-    rollouts = [SimpleNamespace(game=f"task-{n}/trial") for n in range(40)]
+    """Whatever else is played: what validates Q_i must not have taught Q_{i−1}."""
+    rollouts = [SimpleNamespace(game=f"task-{n}/trial") for n in range(400)]
     args = train.parse(["--seed", "3"])[0]
     held = train.held_out(args, rollouts)
-    assert len(held) == 6 and held == train.held_out(args, rollouts[::-1] * 3)
+    assert 40 < len(held) < 80 and held == train.held_out(args, rollouts[::-1] * 3)
     assert held != train.held_out(train.parse(["--seed", "4"])[0], rollouts)
-    for some in (rollouts[:20], rollouts[20:], rollouts[::2]):
-        part, common = train.held_out(args, some), held & {task_folder(t.game) for t in some}
-        assert len(part) == 3 and (part <= common or common <= part)
+    for some in (rollouts[:200], rollouts[200:], rollouts[::2]):
+        assert train.held_out(args, some) == held & {task_folder(t.game) for t in some}
+    assert all(len(train.held_out(args, rollouts[n:n + 2])) == 1 for n in range(60))
     with pytest.raises(UserError, match="more --rollouts"):
         train.held_out(args, rollouts[:1] * 9)
 
