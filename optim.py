@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fast_alfworld.cli import UserError
-from fast_alfworld.files import write_file
+from fast_alfworld.files import a_file, write_file
 from utils import all_gather, rank, sum_gradients
 
 SAVE_EVERY = 10.0  # seconds
@@ -104,7 +104,7 @@ def _load_state(path, model, optimizers):
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     try:
-        with safe_open(str(path), "pt") as f, torch.no_grad():
+        with safe_open(a_file(path), "pt") as f, torch.no_grad():
             progress = json.loads(f.metadata()["progress"])
             for full in f.keys():
                 kind, name = full.split(" ", 1)

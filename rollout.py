@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from candidates import draw, extend, keep_branch, prefix_tree
 from fast_alfworld import AlfworldEnv
 from fast_alfworld.cli import UserError
-from fast_alfworld.files import write_file
+from fast_alfworld.files import a_file, write_file
 from fast_alfworld.gamefile import split_intro
 from model import Cache
 from tokenizer import END, SPECIAL
@@ -326,7 +326,7 @@ def save_trajectories(path, trajectories):
 def load_trajectories(path):
     """A shard -> list of Trajectory. UserError where the file is damaged."""
     try:
-        with safe_open(str(path), "np") as f:
+        with safe_open(a_file(path), "np") as f:
             a = {name: f.get_tensor(name) for name in f.keys()}
             games = json.loads(f.metadata()["games"])
         cut = lambda name, by: np.split(a[name], a[by].cumsum()[:-1])

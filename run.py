@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from fast_alfworld import fit_prior, training_games
 from fast_alfworld.cli import UserError
-from fast_alfworld.files import provenance, read_json, write_file, write_json
+from fast_alfworld.files import lock, provenance, read_json, write_file, write_json
 from rollout import sample
 from utils import rank, read_model, wait_for_ranks
 
@@ -27,14 +27,15 @@ from utils import rank, read_model, wait_for_ranks
 class Run:
     """A run directory, whose stages are each run once."""
 
-    def __init__(self, path, flags, games, free=()):
+    def __init__(self, path, flags, games, free=(), alone=None):
         """Start or continue a run: flags {name: value} and games {split: fingerprint}.
 
-        UserError where they differ from the run that is continued, `free` ones excepted."""
+        UserError where they differ from the run that is continued, `free` ones excepted; or,
+        with `alone`, with this message where another process is at work there."""
         self.path, config = Path(path), Path(path, "config.json")
         new = {"flags": flags, "games": games}
         old = read_json(config) if config.exists() else None
-        if self.path.is_dir() and any(self.path.iterdir()) and not (
+        if self.path.is_dir() and any(f.name != ".lock" for f in self.path.iterdir()) and not (
                 isinstance(old, dict) and new.keys() <= old.keys()):
             raise UserError(f"{path} is not empty and holds no run: use another --out")
         differ = [f"{'--' * (part == 'flags')}{name.replace('_', '-')} {old[part].get(name)} -> "
@@ -47,6 +48,9 @@ class Run:
         self.origin = provenance()
         wait_for_ranks()  # until all have looked
         if rank() == 0:
+            if alone:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(self.path / ".lock", alone)
             write_json(config, {**new, "command": " ".join(sys.argv), **self.origin})
             if self.records():  # a run that was killed may lack the last line
                 self._write_metrics()

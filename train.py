@@ -23,14 +23,13 @@ import prm as prms
 from fast_alfworld import COMPLETE, GAMES, fingerprint, task_folder
 from fast_alfworld.cli import (Parser, UserError, a_seed, a_temperature, at_least_one, between,
                                command_line)
-from fast_alfworld.files import lock
 from inverse_prm import inverse_objective
 from qestimate import labels_of, preference_pairs, q_table, returns, td_gae
 from results import final_table, result_of
 from rollout import Episode, load_trajectories, play_shards
 from run import Context, Run, games_of
 from sft import Sft, demonstrations, train_sft, train_tokenizer, untrained
-from utils import (generator, join_ranks, key, mine, pick_device, rank, read_model, save_model,
+from utils import (generator, join_ranks, key, mine, pick_device, read_model, save_model,
                    set_up_torch, wait_for_ranks)
 
 DEV_EPISODES = 2  # of each dev game
@@ -94,11 +93,6 @@ def prm_loss(c, i, some, hide_ends=False):
     return prms.bce_objective(some, c.steps.labels(c, i, some))
 
 
-def start_prm(c, i, name):
-    """What Q_i is trained from: Q_{i−1}; first, the policy with a new head. -> a PRM"""
-    return c.prm(i - 1, name) if i > 1 else c.policy(0).with_score_head()
-
-
 def judge(c, i, prm):
     """What scores candidates in stage 3: Q_i. -> judge(sequences, states) -> Q (B, C), or None"""
     return dpo.prm_judge(prm, bounded=absolute(c.args))
@@ -112,7 +106,8 @@ STEPS = {
     "trajectories": lambda c, i, played: played,  # what is learned from -> [Trajectory]
     "labels": labels,
     "prm_loss": prm_loss,
-    "start_prm": start_prm,  # None in its place: no PRM
+    "start_prm": lambda c, i, name: (  # what Q_i is trained from; None in its place: no PRM
+        c.prm(i - 1, name) if i > 1 else c.policy(0).with_score_head()),
     "judge": judge,
     "policy_loss": lambda c, i, some: dpo.policy_loss}  # (Batch, settings) -> losses (B,), metrics
 
@@ -209,14 +204,11 @@ def train_prm(c, i, some, name="prm"):
 
 
 def held_out(args, some):
-    """About HELD_OUT of the task folders of these rollouts: they validate their PRM.
-
-    The same ones in all iterations, as Q_i starts from Q_{i−1}."""
+    """Task folders that validate the PRM: the same in all iterations, as Q_i starts from Q_{i−1}."""
     place = lambda folder: key(f"held out {args.seed} {folder}") / 2 ** 63
     folders = sorted({task_folder(t.game) for t in some}, key=place)
     if len(folders) < 2:
-        raise UserError("all rollouts are of one task folder, and some must be held out to "
-                        "validate the PRM: more --rollouts")
+        raise UserError("all rollouts are of one task folder: more --rollouts, some to validate Q")
     share = sum(place(folder) < HELD_OUT for folder in folders)
     return set(folders[:min(max(1, share), len(folders) - 1)])
 
@@ -258,9 +250,8 @@ def set_up():
     train, dev, test = games_of(args, steps)
     games = {"train": train, "dev": dev, **test}
     run = Run(args.out, vars(args), {split: fingerprint(some) for split, some in games.items()},
-              free=("out", "threads", "device", "data", "iters"))
-    if rank() == 0:
-        run.lock = lock(run.path / ".lock", f"{run.path}: another train.py is at work there")
+              free=("out", "threads", "device", "data", "iters"),
+              alone=f"{args.out}: another train.py is at work there")
     return Context(args, steps, run, device, train, dev, test)
 
 

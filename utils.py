@@ -57,7 +57,7 @@ def end_with(parent):
 def read_model(folder, device="cpu", head="lm"):
     """A folder of `save_model` -> (model, tokenizer). head: "lm" (policy) or "score" (PRM)."""
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not Path(folder, name).exists():
+        if not Path(folder, name).is_file():
             raise UserError(f"{folder}: no model there ({name} is missing)")
     try:
         model, tokenizer = Transformer.load(folder, device).eval(), Tokenizer.load(folder)

@@ -34,10 +34,17 @@ def write_json(path, value):
     write_file(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def a_file(path):
+    """The path as a text. OSError where no file is, but perhaps a pipe: reading it would hang."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    return str(path)
+
+
 def read_json(path):
     """A file of `write_json` that holds an object -> dict. UserError where it is damaged."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(a_file(path)).read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or a damaged one ({error})") from None
     if not isinstance(value, dict):

@@ -15,6 +15,7 @@ from operator import or_
 from pathlib import Path
 from sys import intern
 
+from .files import a_file
 from .parsing import (TASK_TYPES, DataError, GameError, UnsolvableError, check, decode, one_each,
                       read_can_contain, read_facts, read_goal)
 
@@ -61,7 +62,7 @@ class Game:
         """Parse the `game.tw-pddl` file at `path`. Raises GameError."""
         path = Path(path)
         try:
-            with open(path, "rb") as file:
+            with open(a_file(path), "rb") as file:
                 data = decode(file.read())
         except OSError as error:
             raise GameError(f"{path}: cannot be read ({error.strerror})") from None

@@ -106,7 +106,7 @@ def damaged_json(data, rng):
 
 
 def damaged_words(data, rng):
-    """Words of the texts in a JSON file exchanged, doubled or lost: a game's facts and sentences."""
+    """Words in the texts of a JSON file exchanged, doubled or lost: facts, sentences of a game."""
     value = json.loads(data)
     text_keys = [k for k, v in value.items() if isinstance(v, str) and len(v) > 20]
     k = rng.choice(text_keys)
@@ -299,7 +299,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"games": 10_000, "models": 1000, "runs": 1000, "commands": 500}
     for kind, n in sizes.items():
-        parser.add_argument(f"--{kind}", type=int, default=n, help="attempts (default: %(default)s)")
+        parser.add_argument(f"--{kind}", type=int, default=n, help="(default: %(default)s)")
     parser.add_argument("--only", choices=sizes, help="this kind alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first attempt")
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: %(default)s)")

@@ -77,8 +77,10 @@ def test_a_run_ends_with_a_table_of_all_policies(run):
 
 
 def test_two_at_once_in_one_folder_are_refused(run):
-    kept = lock(run[0] / ".lock", "busy")
-    assert_refused(tiny.train(run[0], *TINY), "another train.py is at work there", str(os.getpid()))
+    kept, before = lock(run[0] / ".lock", "busy"), (run[0] / "config.json").read_bytes()
+    done = tiny.train(run[0], *TINY, "--iters", "3")
+    assert_refused(done, "another train.py is at work there", str(os.getpid()))
+    assert (run[0] / "config.json").read_bytes() == before
     kept.close()
 
 
