@@ -204,7 +204,7 @@ def train_prm(c, i, some, name="prm"):
 
 
 def held_out(args, some):
-    """Task folders that validate the PRM: the same in all iterations, as Q_i starts from Q_{i−1}."""
+    """Task folders that validate the PRM, in all iterations alike: Q_i starts from Q_{i−1}."""
     place = lambda folder: key(f"held out {args.seed} {folder}") / 2 ** 63
     folders = sorted({task_folder(t.game) for t in some}, key=place)
     if len(folders) < 2:
