@@ -231,6 +231,8 @@ class Transformer(nn.Module):
                            **{ours: d[theirs] for ours, theirs in QWEN3.items()}))
         weights = load_file(str(Path(folder, "model.safetensors")))
         weights.pop("lm_head.weight", None)
+        if not all(w.is_floating_point() for w in weights.values()):
+            raise ValueError("its weights are not floating-point numbers")
         model.load_state_dict(weights)
         return model.to(device)
 

@@ -31,6 +31,8 @@ class Tokenizer:
         self.tokens = [hf.id_to_token(i) for i in range(hf.get_vocab_size())]
         if self.tokens[:len(SPECIAL)] != [*SPECIAL]:
             raise ValueError(f"a vocabulary must begin with {' '.join(SPECIAL)}")
+        if hf.truncation or hf.padding or hf.normalizer:
+            raise ValueError("a tokenizer that cuts, pads or changes the text")
         text = "\n".join(self.tokens).encode()
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]  # models remember it
         self.encode = lru_cache(maxsize=200_000)(self._encode)  # observations recur

@@ -9,7 +9,9 @@ It takes about a second to load a game and 0.1 s a step, because TextWorld trans
 Fast Downward and derives every sentence from a grammar. `AlfworldEnv` is tested against it.
 """
 
+import os
 from importlib.metadata import version
+from tempfile import gettempdir
 
 from .engine import Info
 from .gamefile import DataError
@@ -19,6 +21,8 @@ class ReferenceEnv:
     """alfworld's engine; games must come from files (`write_games` writes generated ones)."""
 
     def __init__(self, max_steps=50):
+        data = os.environ.get("ALFWORLD_DATA")
+        os.environ["ALFWORLD_DATA"] = gettempdir()  # alfworld makes this folder when imported
         try:  # imported here, because it takes seconds and needs the alfworld package
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from textworld import EnvInfos
@@ -26,6 +30,9 @@ class ReferenceEnv:
         except ImportError as error:
             raise DataError(f"alfworld's engine is not installed ({error}): "
                             "pip install alfworld==0.4.2") from None
+        finally:
+            os.environ.pop("ALFWORLD_DATA") if data is None else os.environ.update(
+                ALFWORLD_DATA=data)
         self.max_steps, self.moment = max_steps, 0
         engine = PddlEnv(EnvInfos(admissible_commands=True, won=True))
         self.engine = AlfredDemangler(engine, shuffle=False)

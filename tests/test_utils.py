@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import optim
 import utils
-from fast_alfworld import DataError
+from fast_alfworld import DataError, Game, GameError
 from fast_alfworld.cli import Parser, UserError, between, command_line
 from fast_alfworld.files import lock, read_json, write_file, write_json
 from optim import optimise
-from rollout import Episode, save_trajectories
+from rollout import Episode, load_trajectories, save_trajectories
 from run import Run
 from tiny import ENVIRONMENT, ROOT, games, play, random_model, same, tokenizer
 from utils import generator, key, pad, pick_device, read_model, save_model, uniform
@@ -102,6 +103,21 @@ def test_a_full_disk_is_one_error_of_one_kind(tmp_path):
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path):
+    save_model(tmp_path / "model", random_model(), tokenizer())
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).unlink(), os.mkfifo(tmp_path / "model" / name)
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            read_model(tmp_path / "model")
+        save_model(tmp_path / "model", random_model(), tokenizer())
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, Game.load, load_trajectories,
+                 lambda path: optim._load_state(path, random_model(), [])):
+        with pytest.raises((OSError, GameError, UserError), match="no such file"):
+            read(tmp_path / "pipe")
+
+
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
     pytest.importorskip("fcntl")
     script = ("import sys; from fast_alfworld.files import lock; "
@@ -141,6 +157,29 @@ def test_a_model_that_is_missing_or_of_the_wrong_kind_is_named(tmp_path):
         model.model["norm"].weight[3] = float("nan")
     save_model(tmp_path, model, tokenizer())
     with pytest.raises(UserError, match="not all finite"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("change", (
+    {"truncation": {"max_length": 9, "strategy": "LongestFirst", "stride": 0,
+                    "direction": "Right"}},
+    {"padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+                 "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}},
+    {"normalizer": {"type": "Lowercase"}}), ids=lambda change: next(iter(change)))
+def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path, change):
+    save_model(tmp_path, random_model(), tokenizer())
+    file = tmp_path / "tokenizer.json"
+    write_json(file, json.loads(file.read_text()) | change)
+    with pytest.raises(UserError, match="damaged.*cuts, pads or changes the text"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, torch.int64))
+def test_weights_that_are_not_floating_point_numbers_are_refused(tmp_path, dtype):
+    save_model(tmp_path, random_model(), tokenizer())
+    weights = load_file(str(tmp_path / "model.safetensors"))
+    save_file({k: v.to(dtype) for k, v in weights.items()}, str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="damaged.*not floating-point"):
         read_model(tmp_path)
 
 

@@ -11,8 +11,10 @@ each case in which engines are known to differ.
 
 import argparse
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -427,6 +429,17 @@ def test_the_reference_needs_a_file(engine):
     id_, data = next(generate("train", 1))
     with pytest.raises(DataError, match=f"{id_} has no file"):
         ReferenceEnv().reset(Game.parse(data, id_))
+
+
+def test_the_reference_needs_no_home_that_can_be_written_to():
+    """alfworld makes a cache folder when it is imported; generated games need none."""
+    code = ("import os; from fast_alfworld.reference import ReferenceEnv; ReferenceEnv(); "
+            "print(os.environ.get('ALFWORLD_DATA'))")
+    bare = {k: v for k, v in os.environ.items() if k != "ALFWORLD_DATA"} | {"HOME": "/proc/none"}
+    for environment, said in ((bare, "None"), (bare | {"ALFWORLD_DATA": "/nowhere"}, "/nowhere")):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, text=True,
+                              capture_output=True, cwd=Path(__file__).resolve().parents[2])
+        assert done.stdout == f"{said}\n", done.stderr
 
 
 def test_a_difference_is_found():
