@@ -227,8 +227,11 @@ class Transformer(nn.Module):
         d.setdefault("rope_theta", d.get("rope_parameters", {}).get("rope_theta"))
         if d.get("tie_word_embeddings") is not True:
             raise ValueError("its output matrix is not tied to its embedding")
+        sizes = {ours: d[theirs] for ours, theirs in QWEN3.items()}
+        if not all(type(x) in (int, float) and 0 < x < 2 ** 31 for x in sizes.values()):
+            raise ValueError(f"sizes {sizes}")
         model = cls(Config(head="lm" if d["architectures"] == ["Qwen3ForCausalLM"] else "score",
-                           **{ours: d[theirs] for ours, theirs in QWEN3.items()}))
+                           **sizes))
         weights = load_file(str(Path(folder, "model.safetensors")))
         weights.pop("lm_head.weight", None)
         if not all(w.is_floating_point() for w in weights.values()):

@@ -174,6 +174,16 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path, change):
         read_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ("rms_norm_eps", "rope_theta", "hidden_size", "num_hidden_layers"))
+@pytest.mark.parametrize("value", (None, True, "8", [8], {}, 0, -1, float("nan"), 1e300))
+def test_sizes_that_are_no_sizes_are_refused(tmp_path, name, value):
+    save_model(tmp_path, random_model(), tokenizer())
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {name: value})
+    with pytest.raises(UserError, match="damaged"):
+        read_model(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", (torch.bool, torch.int64))
 def test_weights_that_are_not_floating_point_numbers_are_refused(tmp_path, dtype):
     save_model(tmp_path, random_model(), tokenizer())
