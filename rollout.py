@@ -275,8 +275,10 @@ def play_shards(shards, folder, device, workers, **options):
         for w in range(workers) if missing]
     yield count()
     try:
+        asked = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to this one
         for process in processes:
             process.start()
+        signal.signal(signal.SIGINT, asked)
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
             wait([p.sentinel for p in processes if p.is_alive()], 0.2)
             yield count()
@@ -285,14 +287,12 @@ def play_shards(shards, folder, device, workers, **options):
                             "from the last whole shard")
         yield count()
     finally:
-        for process in processes:
-            if process.pid:
-                process.kill()
+        for process in (p for p in processes if p.pid):
+            process.kill()
 
 
 def _play(parent, shards, folder, device, counter, options):
     """Play and write shards one after the other, in a process that ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     end_with(parent)
     set_up_torch(1)
     try:

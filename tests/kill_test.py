@@ -1,9 +1,11 @@
 """Kill a training run at random moments, continue it, and compare it with an undisturbed one.
 
-    python tests/kill_test.py --kills 10     # train.py --smoke; some minutes
+    python tests/kill_test.py --kills 100    # train.py --smoke; half an hour
 
-The whole process group gets SIGKILL: nothing can be tidied up. Afterwards every file of both runs
-must be equal, byte for byte: records, rollouts, weights. Only state.json, the clock, may differ.
+The whole process group gets SIGKILL, SIGTERM or SIGINT (Ctrl-C), in turn; or the disk is full from
+then on; or a second process is started in the same folder, which must be refused, and then the
+first is killed. Afterwards every file of both runs must be equal, byte for byte: records, rollouts,
+weights. Only state.json, the clock, may differ.
 Trainings save their place every half second here instead of every ten, so that kills fall between
 two saves too.
 """
@@ -11,6 +13,8 @@ two saves too.
 import argparse
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+WAYS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "two at once")
 ROOT = Path(__file__).parent.parent
 TRAIN = ("import optim, train; from fast_alfworld.cli import command_line; "
          "optim.SAVE_EVERY = 0.5; command_line(train.main)")
@@ -37,8 +42,11 @@ def start(out, flags):
 def last_line(process, output):
     """The last line of an ended process; SystemExit with all of its output if it failed."""
     output.seek(0)
-    text = output.read()
-    if process.returncode not in (0, -signal.SIGKILL):
+    text, code = output.read(), process.returncode
+    full = code == 2 and "cannot be written" in text
+    early = code == -signal.SIGINT  # Ctrl-C while Python still imports
+    if (code not in (0, 130, -signal.SIGKILL, -signal.SIGTERM) and not full and not early
+            or "Traceback" in text and not early):
         raise SystemExit(f"train.py ended with {process.returncode}:\n{text}")
     return (text.replace("\r", "\n").strip().splitlines() or ["nothing yet"])[-1]
 
@@ -64,8 +72,28 @@ def moments(out, began, kills, rng):
     return [(n, m - (finished[n - 1] if n else 0)) for n, m in zip(done, drawn)]
 
 
-def kill(out, flags, stages, seconds):
-    """Start or continue a run and kill it.
+def stop(process, out, flags, way):
+    """Stop a running process in one of WAYS."""
+    if way == "full disk":  # for this process: no weights can be written
+        try:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+            return process.wait(60)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            way = "SIGKILL"
+    if way == "two at once":
+        second, output = start(out, flags)
+        second.wait()
+        output.seek(0)
+        text = output.read()
+        if process.poll() is None and (second.returncode != 2 or "another train.py" not in text):
+            raise SystemExit(f"a second process was not refused:\n{text}")
+        way = "SIGKILL"
+    if process.poll() is None:
+        os.killpg(process.pid, getattr(signal, way))
+
+
+def kill(out, flags, stages, seconds, way="SIGKILL"):
+    """Start or continue a run and stop it in one of WAYS.
 
     That happens `seconds` after it has finished so many stages, or when it has finished one more.
     -> the last line of its output; None if it ended before.
@@ -77,7 +105,7 @@ def kill(out, flags, stages, seconds):
             deadline = time.monotonic() + seconds
         time.sleep(0.005)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        stop(process, out, flags, way)
     process.wait()
     line = last_line(process, output)
     return line if process.returncode else None
@@ -114,22 +142,26 @@ def main():
             raise SystemExit("the same command on a finished run changed it")
         print(f"undisturbed: {duration:.0f} s; the same command again: {startup:.0f} s, "
               "nothing changed", flush=True)
-        fell = 0
-        for stages, seconds in plan:
-            done = len(records(killed))
+        fell, runs, wrong = 0, 0, []
+        while fell < len(plan):
+            stages, seconds = plan[fell]
+            done, way = len(records(killed)), WAYS[fell % len(WAYS)]
             line = kill(killed, flags, max(stages, done),
-                        seconds if done < stages else startup + seconds)
+                        seconds if done < stages else startup + seconds, way)
             fell += line is not None
-            print(f"killed with {len(records(killed)):2} of {len(records(whole))} stages done, at: "
-                  f"{line[:60]}" if line else "ended before", flush=True)
-        finish(killed, flags)
-        wrong, left = differences(whole, killed), list(killed.rglob("*.tmp"))
+            if line is not None:
+                print(f"{way} with {len(records(killed))} of {len(records(whole))} stages done, "
+                      f"at: {line[:60]}", flush=True)
+            if line is None or fell == len(plan):  # it ended before: compare, and start another
+                finish(killed, flags)
+                wrong += differences(whole, killed)
+                runs += 1
+                print(f"run {runs} ended; files that differ: {len(wrong)}", flush=True)
+                shutil.rmtree(killed)
         print(*wrong, sep="\n", end="\n" * bool(wrong))
-        failed = wrong or fell < args.kills
-        print(f"{'FAILED' if failed else 'EQUAL'}: after {fell} kills, {len(before) - len(wrong)} "
-              f"of {len(before)} files are byte for byte those of the undisturbed run; temporary "
-              f"files left behind: {len(left)}")
-        return 1 if failed else 0
+        print(f"{'FAILED' if wrong else 'EQUAL'}: after {fell} kills in {runs} runs, the "
+              f"{len(before)} files of each are byte for byte those of the undisturbed run")
+        return bool(wrong)
 
 
 if __name__ == "__main__":
