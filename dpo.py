@@ -42,7 +42,7 @@ class Improve:
     labels: str = "hard"  # of dpo; or "soft"
     beta: float = 0.05  # weight of the KL to the reference
     kl: float = 0.0  # weight of KL(π ‖ π_ref) at every state of the pass, added to the loss
-    support: float = 0.05  # of exact: candidates that π_ref plays less often keep their share
+    support: float = 0.01  # of exact: candidates that π_ref plays less often keep their share
     min_gap: float = 0.0  # a pair with a smaller gap in Q carries no preference
     lr: float = 1e-4
     updates: int = 300
