@@ -90,15 +90,9 @@ def expected(log_pi, q):
     return (log_pi.exp() * q).sum(-1)
 
 
-def tilt(log_pi, q, beta, support=0.0):
-    """log of π(a|s)·exp(Q(s,a)/β)/Z(s), which maximises E[Q] − β KL(· ‖ π) (dpo.py).
-
-    Candidates that π plays with a probability below `support` keep it: rollouts of π show too few
-    of them for Q to be more than a guess."""
-    known = log_pi.exp() >= support
-    share = torch.where(known, log_pi, FORBIDDEN).logsumexp(-1, keepdim=True)
-    tilted = torch.where(known, log_pi + q / beta, FORBIDDEN).log_softmax(-1)
-    return torch.where(known, share + tilted, log_pi).log_softmax(-1)
+def tilt(log_pi, q, beta):
+    """log of π(a|s)·exp(Q(s,a)/β)/Z(s), which maximises E[Q] − β KL(· ‖ π) (dpo.py)."""
+    return torch.log_softmax(log_pi + q / beta, dim=-1)
 
 
 def draw(log_pi, u):

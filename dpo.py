@@ -30,9 +30,9 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label=1.0):
     return -label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin)
 
 
-def exact_loss(log_pi, log_ref, q, beta, support=0.0):
+def exact_loss(log_pi, log_ref, q, beta):
     """KL(π* ‖ π) with the closed form π* ∝ π_ref·exp(Q/β): all (B, C). -> losses (B,)"""
-    return kl(tilt(log_ref, q, beta, support), log_pi)
+    return kl(tilt(log_ref, q, beta), log_pi)
 
 
 @dataclass
@@ -42,7 +42,6 @@ class Improve:
     labels: str = "hard"  # of dpo; or "soft"
     beta: float = 0.05  # weight of the KL to the reference
     kl: float = 0.0  # weight of KL(π ‖ π_ref) at every state of the pass, added to the loss
-    support: float = 0.01  # of exact: candidates that π_ref plays less often keep their share
     min_gap: float = 0.0  # a pair with a smaller gap in Q carries no preference
     lr: float = 1e-4
     updates: int = 300
@@ -68,7 +67,7 @@ def policy_loss(batch, settings):
     """The loss of stage 3 -> losses (B,), metrics {name: (sum, count)}."""
     log_pi, log_ref, q, beta = batch.log_pi, batch.log_ref, batch.q, settings.beta
     if settings.how == "exact":
-        return exact_loss(log_pi, log_ref, q, beta, settings.support), {}
+        return exact_loss(log_pi, log_ref, q, beta), {}
     drawn = [draw(log_pi.detach(), uniform(*batch.keys, k)) for k in (0, 1)]
     pair = torch.stack(drawn, 1)  # (B, 2), of which the one of higher Q is chosen
     pair = pair.gather(1, q.gather(1, pair).argsort(dim=1, descending=True, stable=True))
@@ -121,8 +120,7 @@ def improve(policy, reference, judge, tokenizer, trajectories, games, settings, 
         measured = {"loss": losses, "kl": divergence, "entropy": entropy(now)}
         if judge:
             measured |= {"gain": expected(now, q) - expected(log_ref, q),
-                         "distillation": exact_loss(now, log_ref, q, settings.beta,
-                                                    settings.support)}
+                         "distillation": exact_loss(now, log_ref, q, settings.beta)}
         total = sum(min(len(t), settings.states) for t in picked)
         return ((losses + settings.kl * divergence).sum() / total,
                 metrics | {name: (x.detach().sum(), B) for name, x in measured.items()})

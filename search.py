@@ -61,12 +61,12 @@ def best_of_n(n):
     return act
 
 
-def tilted(beta, bounded=True, support=0.0):
+def tilted(beta, bounded=True):
     """act: sample from π(a|s)·exp(Q(s,a)/β)/Z(s), as dpo.py; β = ∞ is the policy. Q = σ(f), or f
-    itself where it is known up to a constant per state only. support: see `tilt`."""
+    itself where it is known up to a constant per state only."""
     def act(turn):
         q = turn.f.sigmoid() if bounded else turn.f
-        return draw(tilt(turn.log_pi, q, beta, support), uniform(*turn.names))
+        return draw(tilt(turn.log_pi, q, beta), uniform(*turn.names))
 
     return sample if beta == np.inf else act
 

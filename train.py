@@ -220,8 +220,8 @@ def improve_policy(c, i, some):
     def make(state):
         policy, reference = c.policy(i - 1), c.policy(i - 1 if args.ref == "prev" else 0)
         judged = c.steps.judge(c, i, c.prm(i) if c.steps.start_prm else None)
-        settings = dpo.Improve(args.improve, args.labels, args.beta, args.kl, args.support,
-                               lr=args.dpo_lr, updates=args.updates, trajectories=args.dpo_batch,
+        settings = dpo.Improve(args.improve, args.labels, args.beta, args.kl, lr=args.dpo_lr,
+                               updates=args.updates, trajectories=args.dpo_batch,
                                temperature=args.dpo_temperature)
         log = dpo.improve(policy, reference, judged, c.tokenizer, some, c.by_id, settings,
                           seed=key(f"dpo {args.seed} {i}"), state=state,
@@ -309,8 +309,6 @@ def parse(argv=None):
         between(1e-9, 1e9))
     add("--kl", dpo.Improve.kl, "weight of that KL, at every state, added to the loss",
         between(0, 1e9))
-    add("--support", dpo.Improve.support, "of exact: candidates that the reference plays with a "
-        "smaller probability keep it", between(0, 1))
     choice("--ref", "reference policy: π_{i−1} or π_0", "prev", "init")
     add("--dpo-lr", dpo.Improve.lr, "learning rate", rate)
     add("--updates", dpo.Improve.updates, "updates", at_least_one)

@@ -289,20 +289,6 @@ def test_the_tilted_policy_maximises_expected_q_minus_beta_kl(beta, seed):
         assert value(other).mean() < maximum.mean() - 1e-5
 
 
-@pytest.mark.parametrize("support", (0.02, 0.05, 0.5, 1.0))
-def test_candidates_below_the_support_keep_their_probability(support):
-    """The others are tilted among themselves; with support 1 nothing is known."""
-    log_pi, _, q, _ = random_batch(3, B=100)
-    best, known = tilt(log_pi, q, 0.05, support), log_pi.exp() >= support
-    assert (known.any() or support == 1) and (~known).any()
-    torch.testing.assert_close(best[~known].exp(), log_pi[~known].exp(), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(best.exp().sum(-1), torch.ones(100))
-    for row in torch.nonzero(known.sum(-1) > 1)[:, 0]:
-        a, b = torch.nonzero(known[row])[:2, 0]
-        ratio = (best - log_pi)[row, a] - (best - log_pi)[row, b]
-        assert ratio.item() == pytest.approx(((q[row, a] - q[row, b]) / 0.05).item(), abs=2e-3)
-
-
 def test_an_infinite_beta_leaves_the_policy_and_a_small_one_takes_the_best():
     log_pi, _, q, trees = random_batch(7)
     torch.testing.assert_close(tilt(log_pi, q, float("inf")), log_pi, atol=1e-5, rtol=1e-6)

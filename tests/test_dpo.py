@@ -242,7 +242,7 @@ def prefers(word):
 def run(tmp_path, judge, how="exact", labels="hard", reference=None, loss=policy_loss, seed=0,
         **options):
     """-> the improved policy and the log"""
-    options = dict(beta=0.1, support=0.0, lr=3e-3, updates=12, trajectories=4, states=4,
+    options = dict(beta=0.1, lr=3e-3, updates=12, trajectories=4, states=4,
                    temperature=1.0) | options
     policy = copy.deepcopy(taught())
     log = improve(policy, reference or copy.deepcopy(taught()), judge, tokenizer(), played(),

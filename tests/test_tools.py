@@ -132,16 +132,16 @@ def test_stage_3_starts_at_the_policy_and_stays_there_without_a_step(made, monke
 def test_the_closed_form_has_no_distillation_loss_and_gains(made):
     _, c = made
     args = SimpleNamespace(episodes_per_game=1, kl=0.1, evaluations=1)
-    stage = curves.Stage(c, 1, curves.dpo.Improve(beta=0.2, support=0.0, temperature=1.0), args)
+    stage = curves.Stage(c, 1, curves.dpo.Improve(beta=0.2, temperature=1.0), args)
     probe = stage.probes["dev"]
-    measured = probe(taught(), stage.base)
+    measured = probe(taught(), 0.2)
     assert measured["kl"] == pytest.approx(0, abs=1e-6) == measured["gain"]
     assert measured["distillation"] > 0
     moved = curves.Probe.__call__.__wrapped__  # the same quantities of π·exp(Q/β)
     monkey = lambda *_: curves.dpo.tilt(probe.log_ref, probe.q, 0.2)
     original, curves.score_states = curves.score_states, monkey
     try:
-        best = moved(probe, None, stage.base)
+        best = moved(probe, None, 0.2)
     finally:
         curves.score_states = original
     assert best["distillation"] == pytest.approx(0, abs=1e-6)

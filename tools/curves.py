@@ -191,7 +191,7 @@ class Stage:
     def measure(self, policy, success):
         """-> {metric: value} of a policy at the fixed states, and on dev"""
         out = {f"{name}_{k}": v for name, probe in self.probes.items()
-               for k, v in probe(policy, self.base).items()}
+               for k, v in probe(policy, self.base.beta).items()}
         return out | ({"success": result_of(self.play(policy, "dev"), self.c.dev)["success"]}
                       if success else {})
 
@@ -241,13 +241,12 @@ class Probe:
             self.q = stage.judge(self.sequences, self.states)
 
     @torch.no_grad()
-    def __call__(self, policy, settings):
+    def __call__(self, policy, beta):
         """-> means over the states: KL to the reference, gain in E[Q], distillation loss"""
         log_pi = score_states(policy, self.sequences, self.states, self.temperature)
         return {"kl": float(kl(log_pi, self.log_ref).mean()),
                 "gain": float((expected(log_pi, self.q) - expected(self.log_ref, self.q)).mean()),
-                "distillation": float(dpo.exact_loss(
-                    log_pi, self.log_ref, self.q, settings.beta, settings.support).mean())}
+                "distillation": float(dpo.exact_loss(log_pi, self.log_ref, self.q, beta).mean())}
 
 
 PANELS = {"success": "success on dev", "dev_kl": "KL(π ‖ π_{i−1}), nats",
