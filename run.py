@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from fast_alfworld import fit_prior, training_games
 from fast_alfworld.cli import UserError
 from fast_alfworld.files import lock, provenance, read_json, write_file, write_json
@@ -26,6 +28,7 @@ from utils import rank, read_model, wait_for_ranks
 
 class Run:
     """A run directory, whose stages are each run once."""
+    within = np.zeros(2)  # seconds and core-seconds of the stages within the one that is running
 
     def __init__(self, path, flags, games, free=(), alone=None):
         """Start or continue a run: flags {name: value} and games {split: fingerprint}.
@@ -65,7 +68,8 @@ class Run:
         missing = not record.exists() or not all(file.exists() for file in files)
         wait_for_ranks()  # until all have looked
         if missing:
-            start, cores = time.monotonic(), sum(os.times()[:4])
+            clock = lambda: np.array([time.monotonic(), sum(os.times()[:4])])
+            start, outer, self.within = clock(), self.within, np.zeros(2)
             try:
                 made = make(state)
                 wait_for_ranks()
@@ -73,7 +77,9 @@ class Run:
                     write_json(record, {"stage": name, "commit": self.origin["commit"], **made})
                     self._write_metrics()
             finally:
-                self._add_cost(name, time.monotonic() - start, sum(os.times()[:4]) - cores)
+                spent = clock() - start
+                self._add_cost(name, *(spent - self.within))
+                self.within = outer + spent
         wait_for_ranks()
         if rank() == 0:
             state.unlink(missing_ok=True)

@@ -40,8 +40,8 @@ def test_the_same_seed_gives_the_same_files_byte_for_byte(run, tmp_path):
 def test_a_run_that_was_killed_at_random_moments_ends_as_an_undisturbed_one(run, tmp_path):
     """A sample of tests/kill_test.py."""
     folder = tmp_path / "killed/run"
-    plan = moments(run[0], run[2], 2, random.Random(0))
-    assert any([kill(folder, TINY, *moment) for moment in plan])
+    plan, ways = moments(run[0], run[2], 3, random.Random(0)), ("SIGINT", "two at once", "SIGKILL")
+    assert any([kill(folder, TINY, *moment, way) for moment, way in zip(plan, ways)])
     finish(folder, TINY)
     assert [d for d in differences(run[0], folder)
             if not d.startswith(("config.json", "best/run.json", "result.json"))] == []

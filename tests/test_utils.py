@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -408,6 +409,21 @@ def test_gradients_are_clipped_and_the_rate_rises_then_falls(tmp_path):
 
 
 # --- the run directory ---------------------------------------------------------------------------
+
+def test_the_time_of_a_stage_within_another_is_counted_once(tmp_path):
+    run = Run(tmp_path / "run", {}, {})
+
+    def outer(state):
+        for name in ("iter1/prm2", "iter1/prm3"):
+            run.once(name, lambda state: time.sleep(0.4) or {})
+        return time.sleep(0.1) or {}
+
+    run.once("iter1/dpo", outer)
+    run.once("iter1/next", lambda state: {})
+    seconds = {name: cost["seconds"] for name, cost in run.costs().items()}
+    assert seconds["iter1/prm2"] >= 0.4 and seconds["iter1/prm3"] >= 0.4
+    assert 0.1 <= seconds["iter1/dpo"] < 0.4 and seconds["iter1/next"] < 0.1
+
 
 def test_a_stage_is_run_once_and_continued_after_a_kill(tmp_path):
     made, folder = [], tmp_path / "run"
