@@ -108,9 +108,10 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Layer):
-            for p in (module.self_attn["o_proj"], module.mlp["down_proj"]):  # as GPT-2: variance
+            # As GPT-2: the variance does not grow with depth.
+            for p in (module.self_attn["o_proj"], module.mlp["down_proj"]):
                 nn.init.normal_(p.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
-            # Small heads cannot attend sharply: q·k/√d is at most √d. Start as with d = 128.
+            # With both normalised, q·k/√d is at most √d: start as sharp as a head of d = 128.
             for p in (module.self_attn["q_norm"], module.self_attn["k_norm"]):
                 nn.init.constant_(p.weight, (128 / self.config.head_dim) ** 0.25)
 

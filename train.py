@@ -106,8 +106,7 @@ STEPS = {
     "trajectories": lambda c, i, played: played,  # what is learned from -> [Trajectory]
     "labels": labels,
     "prm_loss": prm_loss,
-    "start_prm": lambda c, i, name: (  # what Q_i is trained from; None in its place: no PRM
-        c.prm(i - 1, name) if i > 1 else c.policy(0).with_score_head()),
+    "start_prm": lambda c, i, policy: policy.with_score_head(),  # None in its place: no PRM
     "judge": judge,
     "policy_loss": lambda c, i, some: dpo.policy_loss}  # (Batch, settings) -> losses (B,), metrics
 
@@ -188,7 +187,7 @@ def train_prm(c, i, some, name="prm"):
                     for out in (False, True))
 
     def make(state):
-        prm, objective = c.steps.start_prm(c, i, name), c.steps.prm_loss(c, i, learned)
+        prm, objective = c.steps.start_prm(c, i, c.policy(i - 1)), c.steps.prm_loss(c, i, learned)
         settings = prms.Fit(lr=args.prm_lr, batch=args.prm_batch, epochs=args.prm_epochs)
         log = prms.fit(prm, len(learned), objective, settings, key(f"{name} {args.seed} {i}"),
                        state, f"PRM {i}")
@@ -204,11 +203,12 @@ def train_prm(c, i, some, name="prm"):
 
 
 def held_out(args, some):
-    """Task folders that validate the PRM, in all iterations alike: Q_i starts from Q_{i−1}."""
+    """The task folders that validate the PRM: the same ones in every iteration."""
     place = lambda folder: key(f"held out {args.seed} {folder}") / 2 ** 63
     folders = sorted({task_folder(t.game) for t in some}, key=place)
     if len(folders) < 2:
-        raise UserError("all rollouts are of one task folder: more --rollouts, some to validate Q")
+        raise UserError("all rollouts are of one task folder, and some must be held out to "
+                        "validate the PRM: more --rollouts")
     share = sum(place(folder) < HELD_OUT for folder in folders)
     return set(folders[:min(max(1, share), len(folders) - 1)])
 

@@ -35,7 +35,7 @@ def write_json(path, value):
 
 
 def a_file(path):
-    """The path as a text. OSError where no file is, but perhaps a pipe: reading it would hang."""
+    """The path as a text. OSError unless a file is there: reading a pipe would hang."""
     if not Path(path).is_file():
         raise FileNotFoundError(2, "no such file", str(path))
     return str(path)

@@ -31,8 +31,9 @@ class ReferenceEnv:
             raise DataError(f"alfworld's engine is not installed ({error}): "
                             "pip install alfworld==0.4.2") from None
         finally:
-            os.environ.pop("ALFWORLD_DATA") if data is None else os.environ.update(
-                ALFWORLD_DATA=data)
+            del os.environ["ALFWORLD_DATA"]
+            if data is not None:
+                os.environ["ALFWORLD_DATA"] = data
         self.max_steps, self.moment = max_steps, 0
         engine = PddlEnv(EnvInfos(admissible_commands=True, won=True))
         self.engine = AlfredDemangler(engine, shuffle=False)

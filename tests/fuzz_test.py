@@ -1,6 +1,6 @@
 """Damaged and foreign input of every kind: each attempt must end well or with one line.
 
-    python tests/fuzz_test.py                                # about an hour; a sample runs in CI
+    python tests/fuzz_test.py                                # hours; a sample runs in CI
     python tests/fuzz_test.py --only games --games 200 --seed 7
 
 games      a game file, damaged: loaded, then played at random and by the expert if accepted
@@ -35,7 +35,7 @@ import torch
 import tiny
 import train
 from fast_alfworld import AlfworldEnv, Expert, Game, demonstrate, fit_prior, generate, write_games
-from fast_alfworld.cli import UserError, command_line
+from fast_alfworld.cli import command_line
 from kill_test import files
 from rollout import Episode, rollout
 from tools.experiment import run_part

@@ -1,6 +1,6 @@
 """Kill a training run at random moments, continue it, and compare it with an undisturbed one.
 
-    python tests/kill_test.py --kills 100    # train.py --smoke; half an hour
+    python tests/kill_test.py --kills 100    # train.py --smoke; long
 
 The whole process group gets SIGKILL, SIGTERM or SIGINT (Ctrl-C), in turn; or the disk is full from
 then on; or a second process is started in the same folder, which must be refused, and then the

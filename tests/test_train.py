@@ -185,7 +185,7 @@ def test_dpo_starts_from_the_previous_policy_and_keeps_near_the_reference(again,
         torch.testing.assert_close(judge([t.ids], states), dpo.prm_judge(model)([t.ids], states))
 
 
-def test_a_prm_starts_from_the_last_and_sees_no_folder_that_validates_it(again, monkeypatch):
+def test_the_prm_starts_from_the_policy_and_sees_no_folder_that_validates_it(again, monkeypatch):
     objectives = spied(monkeypatch, prm, "bce_objective")
     judged = spied(monkeypatch, prm, "validation_metrics")
     start = []
@@ -204,13 +204,13 @@ def test_a_prm_starts_from_the_last_and_sees_no_folder_that_validates_it(again, 
             np.testing.assert_array_equal(pair, want)
     assert gained.tolist() == sum(([0.95 ** (len(t) - 1 - k) * t.won for k in range(len(t))]
                                    for t in held), [])
-    last = read_model(folder / "iter1/prm", head="score")[0]
-    assert all(torch.equal(p, q) for p, q in zip(start[0], last.model.parameters()))
+    policy = read_model(folder / "iter1/policy")[0]
+    assert all(torch.equal(p, q) for p, q in zip(start[0], policy.model.parameters()))
     assert read(folder / "iter2/prm.json")["validation"]["actions"] == metrics["actions"]
 
 
 def test_the_folders_held_out_are_a_share_and_stay_the_same():
-    """Whatever else is played: what validates Q_i must not have taught Q_{i−1}."""
+    """Whatever else is played: the metrics of all iterations are of the same folders."""
     rollouts = [SimpleNamespace(game=f"task-{n}/trial") for n in range(400)]
     args = train.parse(["--seed", "3"])[0]
     held = train.held_out(args, rollouts)
